@@ -1,0 +1,61 @@
+"""Pictures of results. Needs matplotlib (extra ``plot``), imported when a picture is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def plot_memory_over_time(samples: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Draw one line of (seconds, GiB) per variant."""
+    figure, axes = _figure()
+    for (name, line), colour in zip(samples.items(), COLOURS, strict=False):
+        axes.plot(*zip(*line, strict=True), label=name, color=colour, linewidth=1.4)
+    axes.set(xlabel="seconds since the model is built", ylabel="process memory (RSS), GiB")
+    axes.set_title("Memory while a model is loaded and runs")
+    _save(figure, axes, path)
+
+
+def plot_speed_against_memory(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw one point per row that has ``peak_process_bytes`` and ``sequences_per_s``."""
+    figure, axes = _figure()
+    for row, colour, marker in zip(rows, COLOURS, MARKERS, strict=False):
+        memory_gib = row["peak_process_bytes"] / (1 << 30)
+        speed = row["sequences_per_s"]["median"]
+        axes.plot(
+            memory_gib,
+            speed,
+            label=row["variant"],
+            color=colour,
+            marker=marker,
+            markersize=9,
+            linestyle="none",
+        )
+    axes.set(xlabel="peak process memory (RSS), GiB", ylabel="sequences per second")
+    axes.set_title("Speed against memory: up and to the left is better")
+    axes.margins(0.12)
+    _save(figure, axes, path)
+
+
+def _figure() -> tuple[Any, Any]:
+    # The object interface: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

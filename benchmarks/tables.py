@@ -1,0 +1,126 @@
+"""Markdown tables from result files.
+
+``python -m benchmarks.tables`` puts them into README.md, between ``<!-- table: NAME -->`` and
+``<!-- end of table -->``; with ``--check`` it changes nothing and fails if they are stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns also line up as plain text, all but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        for row in (header, rule, *rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def demo_table(result: Mapping[str, Any]) -> str:
+    """The comparison that ``make demo`` prints."""
+    header = (
+        "variant",
+        "peak tensor memory",
+        "peak process memory",
+        "sequences/s",
+        "share of resident speed",
+        "largest difference",
+    )
+    rows = []
+    for row in result["rows"]:
+        if "error" in row:
+            rows.append((row["variant"], "failed", *[""] * 4))
+            continue
+        share = row["share_of_resident"]
+        rows.append(
+            (
+                row["variant"],
+                _mebibytes(row["peak_tensor_bytes"]),
+                _mebibytes(row["peak_process_bytes"]),
+                f"{row['sequences_per_s']['median']:.3f}",
+                f"{share['median']:.0%} ({share['smallest']:.0%}–{share['largest']:.0%})",
+                f"{row['largest_difference']:.3g}",
+            )
+        )
+    return markdown_table(header, rows)
+
+
+def demo_caption(result: Mapping[str, Any]) -> str:
+    """What has to be said under the table for its numbers to mean something."""
+    machine, settings, bound = result["machine"], result["settings"], result["bound"]
+    limit_s = max(bound["compute_s"], bound["read_s"])
+    return (
+        f"{settings['model']}, {_mebibytes(settings['checkpoint_bytes'])} of float32 weights, "
+        f"{settings['input']}; weight file {settings['file_state']}; {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['system']}, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, accelerate {machine['accelerate']}. "
+        f"Speed: median of {settings['rounds']} alternating rounds; share: median of the rounds' "
+        f"ratios (smallest–largest). Process memory includes Python, torch and transformers. "
+        f"A resident pass computes for {bound['compute_s']:.2f} s; reading all weights once takes "
+        f"{bound['read_s']:.2f} s at {bound['read_bytes_per_s'] / 1e9:.1f} GB/s, so even with "
+        f"reads that overlap fully no pass can be quicker than {limit_s:.2f} s."
+    )
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):,.0f} MiB"
+
+
+def _demo(result: Mapping[str, Any]) -> str:
+    return f"{demo_table(result)}\n\n{demo_caption(result)}"
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": _demo}
+
+
+def fill(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every marked table made anew from its result file; without one it says so."""
+
+    def replace(match: re.Match[str]) -> str:
+        name = match["name"]
+        path = results / f"{name}.json"
+        table = (
+            TABLES[name](json.loads(path.read_text()))
+            if path.exists()
+            else f"*Not measured yet: `make {name} ARGS=--publish`.*"
+        )
+        return f"<!-- table: {name} -->\n{table}\n<!-- end of table -->"
+
+    return re.sub(
+        r"<!-- table: (?P<name>\w+) -->.*?<!-- end of table -->", replace, text, flags=re.DOTALL
+    )
+
+
+def fill_readme() -> None:
+    """Put the tables into README.md."""
+    README.write_text(fill(README.read_text()))
+
+
+def main() -> None:
+    """Fill in the tables of README.md, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
+    if not parser.parse_args().check:
+        fill_readme()
+    elif fill(README.read_text()) != README.read_text():
+        raise SystemExit("README.md has stale tables; run python -m benchmarks.tables")
+
+
+if __name__ == "__main__":
+    main()

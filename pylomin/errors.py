@@ -1,0 +1,53 @@
+"""Every error that pylomin raises on purpose.
+
+Each class inherits :class:`PylominError` and the built-in exception it specialises, so that ``except
+ValueError`` in existing code keeps working. Messages say where, what was found, what was expected and what to do.
+"""
+
+
+class PylominError(Exception):
+    """Base of all errors raised by pylomin."""
+
+
+class PassError(PylominError, ValueError):
+    """A pass was given arguments, or a model, that it cannot work with. The model is unchanged."""
+
+
+class BudgetError(PylominError, MemoryError):
+    """The memory budget cannot hold what must be in memory at one time."""
+
+
+class StoreFormatError(PylominError, ValueError):
+    """A weight file, header or shard index is malformed. Raised before any weight is read."""
+
+
+class StoreReadError(PylominError, OSError):
+    """The bytes of a weight could not be read: missing, truncated or unreadable file."""
+
+
+class StoreChangedError(StoreReadError):
+    """A weight file was modified after it was opened."""
+
+
+class WeightNotFoundError(PylominError, KeyError):
+    """A weight that the model needs is not in the store, or the other way round."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would escape the line breaks of our messages.
+        return str(self.args[0]) if self.args else ""
+
+
+class WeightMismatchError(PylominError, ValueError):
+    """A stored weight has another shape or dtype than the model's."""
+
+
+class OffloadedWriteError(PylominError, RuntimeError):
+    """A write to an offloaded weight could not take effect."""
+
+
+class ScratchError(PylominError, OSError):
+    """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
+
+
+class OutputExistsError(PylominError, FileExistsError):
+    """A file that should be written exists already."""

@@ -1,0 +1,116 @@
+"""LazyModule: leaf modules whose weights are resident for the length of their forward."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylomin.lazy.autograd import saving_pointers
+from pylomin.lazy.rnn import LazyRNN
+from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.residency.weight import Weight
+
+
+class LazyModule(nn.Module):
+    """Mixed into a module's own class by :func:`make_lazy`; never instantiated.
+
+    While a forward holds the module's weights, reading the attribute gives the resident parameter. ``_parameters``
+    itself is never touched, so what others put there (``functional_call``, a new parameter) wins, and there is nothing
+    to put back when a forward raises.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if type(value) is OffloadedTensor and value.weight.holds:
+            resident = value.weight.tensor
+            if resident is not None and value.is_whole:
+                return resident
+        return value
+
+    def __copy__(self) -> nn.Module:
+        return self._rebuilt(lambda state: state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return self._rebuilt(lambda state: copy.deepcopy(state, memo), memo)
+
+    def _rebuilt(
+        self, copied: Callable[[dict[str, Any]], dict[str, Any]], memo: dict[int, Any] | None = None
+    ) -> nn.Module:
+        """The copy protocol of ``copyreg``, for this class instead of the one that pickles."""
+        clone: nn.Module = type(self).__new__(type(self))
+        if memo is not None:
+            memo[id(self)] = clone
+        clone.__setstate__(copied(self.__getstate__()))  # type: ignore[arg-type,operator]
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the module that it was, with its weights in memory."""
+        make, arguments, *rest = super().__reduce_ex__(protocol)
+        return (make, tuple(original_class(a) if a is type(self) else a for a in arguments), *rest)
+
+
+_classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``cls`` that holds its weights around ``forward``; made once."""
+    if cls not in _classes:
+        _classes[cls] = _make_class(cls)
+    return _classes[cls]
+
+
+def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        weights = weights_to_hold(self)
+        if not weights:
+            return super(lazy, self).forward(*args, **kwargs)
+        with weights[0].residency.hold(weights):
+            if not torch.is_grad_enabled():
+                return super(lazy, self).forward(*args, **kwargs)
+            with saving_pointers(weights):
+                return super(lazy, self).forward(*args, **kwargs)
+
+    # torch.compile runs this as it is, between compiled parts: what it would trace are reads from files.
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+    mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)
+    namespace = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "lazy_of": cls}
+    lazy = type(cls)(f"Lazy{cls.__name__}", (*mixins, cls), namespace)
+    return lazy
+
+
+def weights_to_hold(module: nn.Module) -> list[Weight]:
+    """The whole offloaded weights that the module owns now, each once."""
+    weights: dict[Weight, None] = {}
+    for parameter in module._parameters.values():
+        if type(parameter) is OffloadedTensor and parameter.is_whole:
+            weights[parameter.weight] = None
+    return list(weights)
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a lazy class was made from; any other class itself."""
+    original: type[nn.Module] = cls.__dict__.get("lazy_of", cls)
+    return original
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Whether the weights of ``module`` should be resident for the length of its forward.
+
+    Not those of a module with children, whose forward takes as long as theirs; not tables, of which a lookup needs
+    some rows; not the packed weights of many experts (three dimensions, in a class that is not torch's), of which a
+    forward needs some. They load at the operation that uses them.
+    """
+    cls = type(module)
+    if module._modules or isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.ParameterList, nn.ParameterDict)):
+        return False
+    own = [p for p in module._parameters.values() if p is not None]
+    if not cls.__module__.startswith("torch.nn.") and any(p.dim() >= 3 for p in own):
+        return False
+    return bool(own) and cls.forward is not nn.Module.forward

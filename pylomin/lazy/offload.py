@@ -1,0 +1,222 @@
+"""Putting offloaded weights in the place of a model's parameters, and taking them out again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pylomin.errors import BudgetError
+from pylomin.io.buffers import PAGE_BYTES, SMALL_BYTES, aligned
+from pylomin.lazy.module import holds_weights, lazy_class, original_class
+from pylomin.lazy.tensor import OffloadedTensor, as_parameter
+from pylomin.residency.limits import format_bytes
+from pylomin.residency.residency import Residency
+from pylomin.residency.weight import Layout, Source, Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One place where a module keeps a parameter."""
+
+    module: nn.Module
+    name: str  # in the module
+    fqn: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+
+@dataclass(slots=True)
+class Tie:
+    """All the slots of one weight. They held the same parameter, or parameters with the same memory."""
+
+    slots: list[Slot] = field(default_factory=list)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.slots[0].parameter
+
+    @property
+    def fqn(self) -> str:
+        return self.slots[0].fqn
+
+    @property
+    def names(self) -> list[str]:
+        return [slot.fqn for slot in self.slots]
+
+
+def slots_of(model: nn.Module) -> Iterator[Slot]:
+    """Every slot that holds a parameter, in the order of ``model.named_modules()``."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Slot(module, name, f"{prefix}.{name}" if prefix else name)
+
+
+def find_ties(slots: Iterable[Slot]) -> list[Tie]:
+    """Slots grouped by weight, in order of first appearance."""
+    ties: dict[object, Tie] = {}
+    for slot in slots:
+        ties.setdefault(_identity(slot.parameter), Tie()).slots.append(slot)
+    return list(ties.values())
+
+
+def _identity(parameter: torch.Tensor) -> object:
+    if parameter.device.type == "meta" or not parameter.numel() or isinstance(parameter, OffloadedTensor):
+        return id(parameter)  # all tensors without data have the same address
+    geometry = (parameter.storage_offset(), tuple(parameter.shape), parameter.stride(), parameter.dtype)
+    return (parameter.untyped_storage()._cdata, *geometry)
+
+
+def offload(
+    ties: Sequence[Tie],
+    sources: Sequence[Source],
+    residency: Residency,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Replace the parameters of ``ties`` by offloaded ones, and make the modules that hold their own weights lazy.
+
+    Args:
+        sources: where the bytes of each weight are.
+        device: where to compute; default: where the parameter is (the CPU for one without values).
+        dtype: of floating-point weights in compute memory; default: as stored.
+    """
+    weights = [
+        Weight(tie.fqn, source, residency, _conversions(tie.parameter, source.layout, device, dtype))
+        for tie, source in zip(ties, sources, strict=True)
+    ]
+    owned = [(slot.module, footprint(w)) for tie, w in zip(ties, weights, strict=True) for slot in tie.slots]
+    residency.expect(check_budget(group_footprints(owned), residency.memory_budget))
+    modules: dict[nn.Module, None] = {}
+    for tie, weight in zip(ties, weights, strict=True):
+        replaced: dict[int, OffloadedTensor] = {}
+        for slot in tie.slots:
+            old = slot.parameter
+            if id(old) not in replaced:
+                replaced[id(old)] = _stand_in(old, weight)
+            slot.module._parameters[slot.name] = replaced[id(old)]
+            modules[slot.module] = None
+    for module in modules:
+        if holds_weights(module) and original_class(type(module)) is type(module):
+            module.__class__ = lazy_class(type(module))
+            if isinstance(module, nn.RNNBase):
+                module.__dict__.pop("_flat_weights", None)  # it would keep the old parameters
+
+
+def _stand_in(old: nn.Parameter, weight: Weight) -> OffloadedTensor:
+    new = as_parameter(OffloadedTensor(weight), trainable=old.requires_grad)
+    new.__dict__.update({name: value for name, value in old.__dict__.items() if name not in new.__dict__})
+    return new
+
+
+def _conversions(
+    parameter: torch.Tensor, stored: Layout, device: torch.device | None, dtype: torch.dtype | None
+) -> tuple[Layout, ...]:
+    if device is None:
+        device = stored.device if parameter.device.type == "meta" else parameter.device
+    if dtype is None or not stored.dtype.is_floating_point:
+        dtype = stored.dtype
+    layout = replace(stored, dtype=dtype, device=device)
+    return () if layout == stored else (layout,)
+
+
+def offloaded_slots(model: nn.Module) -> list[tuple[Slot, OffloadedTensor]]:
+    """The slots whose parameter is offloaded, and that parameter."""
+    return [(s, p) for s in slots_of(model) if isinstance(p := s.parameter, OffloadedTensor)]
+
+
+def offloaded_groups(model: nn.Module) -> list[list[Footprint]]:
+    """The groups of what is offloaded of ``model``."""
+    return group_footprints((slot.module, footprint(p.weight)) for slot, p in offloaded_slots(model))
+
+
+def residencies_of(model: nn.Module) -> list[Residency]:
+    """One for most models; more where parts were offloaded separately."""
+    return list({parameter.weight.residency: None for _, parameter in offloaded_slots(model)})
+
+
+_wanted_depth: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def want_prefetch(model: nn.Module, depth: int) -> None:
+    """``prefetch`` was applied to ``model`` before anything of it was offloaded."""
+    _wanted_depth[model] = depth
+
+
+def residency_for(model: nn.Module, memory_budget: int | None = None) -> Residency:
+    """The residency of what is offloaded of ``model`` already, so that one budget counts it all; or a new one."""
+    existing = residencies_of(model)
+    if not existing:
+        residency = Residency(memory_budget)
+        residency.set_depth(_wanted_depth.pop(model, 0))
+        return residency
+    if memory_budget is not None:
+        check_budget(offloaded_groups(model), memory_budget)
+        existing[0].set_budget(memory_budget)
+    return existing[0]
+
+
+class Footprint(NamedTuple):
+    """Memory that loading one weight takes."""
+
+    name: str
+    stored_bytes: int
+    converted_bytes: int
+
+
+def footprint(weight: Weight) -> Footprint:
+    converted_bytes = sum(step.nbytes for step in weight.conversions)
+    return Footprint(weight.name, weight.source.layout.nbytes, converted_bytes)
+
+
+def group_footprints(owned: Iterable[tuple[nn.Module, Footprint]]) -> list[list[Footprint]]:
+    """What is loaded together: the weights of a module that holds its own; others alone. Tables load by rows."""
+    groups: dict[object, list[Footprint]] = {}
+    for module, weight in owned:
+        if holds_weights(module):
+            groups.setdefault(module, []).append(weight)
+        elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            groups[object()] = [weight]
+    return list(groups.values())
+
+
+def planned_groups(ties: Iterable[Tie], device: torch.device | None) -> list[list[Footprint]]:
+    """The groups that offloading ``ties`` would make, stored as they are in memory now."""
+    owned: list[tuple[nn.Module, Footprint]] = []
+    for tie in ties:
+        nbytes = tie.parameter.nbytes
+        moved = device is not None and device.type != "cpu"
+        owned += [(slot.module, Footprint(tie.fqn, nbytes, nbytes * moved)) for slot in tie.slots]
+    return group_footprints(owned)
+
+
+def load_bytes(group: Sequence[Footprint]) -> int:
+    """Most memory that loading ``group`` takes at one time, as the ledger counts it."""
+    buffer_bytes = sum(aligned(weight.stored_bytes) for weight in group)
+    if buffer_bytes >= SMALL_BYTES:
+        buffer_bytes = aligned(buffer_bytes, PAGE_BYTES)
+    return buffer_bytes + sum(weight.converted_bytes for weight in group)
+
+
+def check_budget(groups: Sequence[Sequence[Footprint]], memory_budget: int | None) -> int:
+    """The bytes of the largest group. Raises BudgetError, naming it, if the budget can never hold it."""
+    largest = max(groups, key=load_bytes, default=())
+    needed = load_bytes(largest)
+    if memory_budget is not None and needed > memory_budget:
+        name = max(largest, key=lambda weight: weight.stored_bytes).name
+        raise BudgetError(
+            f"weight '{name}' needs {format_bytes(needed)} resident, but memory_budget is {memory_budget} "
+            f"({format_bytes(memory_budget)}). Use memory_budget of at least {needed}, or keep its module in memory, "
+            "outside the budget: pylomin.lazy_loading(model, skip_modules=[...])."
+        )
+    return needed

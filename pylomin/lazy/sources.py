@@ -1,0 +1,169 @@
+"""Where the bytes of weights come from: matched against a store, or written to scratch files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
+from pylomin.lazy.offload import Tie
+from pylomin.residency.residency import Residency
+from pylomin.residency.weight import Layout, Source, contiguous_stride, dense_layout
+from pylomin.store.base import ReadRequest, WeightStore
+from pylomin.store.dtypes import STORED_DTYPES
+from pylomin.store.memory import MemoryStore
+from pylomin.store.safetensors import SafetensorsStore
+from pylomin.store.scratch import ScratchDirectory
+from pylomin.store.tensor_bytes import byte_view
+from pylomin.store.writer import WeightToWrite, write_safetensors
+
+CPU = torch.device("cpu")
+
+
+def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = False) -> tuple[list[Source], list[str]]:
+    """A source in ``store`` for every weight, and the names that the store lacks.
+
+    A weight is found by any of the names that are tied to it. With ``cast``, a floating-point weight may be stored in
+    another floating-point dtype than the model's.
+
+    Raises:
+        WeightMismatchError: listing all weights whose stored shape or dtype differs from the model's.
+    """
+    sources: list[Source] = []
+    missing: list[str] = []
+    mismatches: list[str] = []
+    for tie in ties:
+        name = next((name for name in tie.names if name in store), None)
+        if name is None:
+            missing.append(tie.fqn)
+            continue
+        info, parameter = store.info(name), tie.parameter
+        castable = cast and info.dtype.is_floating_point and parameter.dtype.is_floating_point
+        if info.shape != tuple(parameter.shape) or (info.dtype != parameter.dtype and not castable):
+            mismatches.append(
+                f"  '{name}' in {store.describe(name)}: found {info.dtype} {list(info.shape)}, expected "
+                f"{parameter.dtype} {list(parameter.shape)}"
+            )
+        layout = Layout(info.dtype, info.shape, contiguous_stride(info.shape), CPU)
+        sources.append(Source(store, name, layout))
+    if mismatches:
+        raise WeightMismatchError(
+            "stored weights differ from the model's:\n" + "\n".join(mismatches) + "\nGive the weights of this very "
+            "model; where only dtypes differ, use pylomin.load(..., dtype=...) or convert the model with model.to(dtype)."
+        )
+    return sources, missing
+
+
+def missing_error(missing: Sequence[str], unexpected: Sequence[str], store: WeightStore) -> WeightNotFoundError:
+    """Lists every name, and what may have been meant."""
+    lines = ["the weights of the model and those of the store do not match."]
+    if missing:
+        lines.append("Missing in the store:")
+        for name in missing:
+            similar = get_close_matches(name, unexpected or list(store), n=1, cutoff=0.6)
+            lines.append(f"  '{name}'" + (f" (similar: '{similar[0]}')" if similar else ""))
+    if unexpected:
+        lines.append("In the store, but not in the model:")
+        lines += [f"  '{name}' ({store.describe(name)})" for name in unexpected]
+    return WeightNotFoundError("\n".join(lines))
+
+
+def fill_buffers(model: nn.Module, store: WeightStore, *, dtype: torch.dtype | None = None) -> list[str]:
+    """Read persistent buffers that ``store`` has into the model. Returns the names of persistent ones that it lacks.
+
+    Raises:
+        WeightMismatchError: a stored buffer has another shape.
+        PassError: a buffer has no values and the store has none for it.
+    """
+    missing: list[str] = []
+    done: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            fqn = f"{prefix}.{name}" if prefix else name
+            persistent = name not in module._non_persistent_buffers_set
+            if persistent and fqn in store:
+                module._buffers[name] = _read_buffer(fqn, buffer, store, dtype)
+                done.add(id(buffer))
+            elif buffer.device.type == "meta" and id(buffer) not in done:
+                raise PassError(
+                    f"buffer '{fqn}' is on the meta device and {store.describe(next(iter(store)))} has no values for "
+                    "it. Build the model with pylomin.load(lambda: Model(config), weights), which computes buffers."
+                )
+            elif persistent and id(buffer) not in done:
+                missing.append(fqn)
+    return missing
+
+
+def _read_buffer(fqn: str, buffer: torch.Tensor, store: WeightStore, dtype: torch.dtype | None) -> torch.Tensor:
+    info = store.info(fqn)
+    if info.shape != tuple(buffer.shape):
+        raise WeightMismatchError(
+            f"buffer '{fqn}' in {store.describe(fqn)}: found shape {list(info.shape)}, expected {list(buffer.shape)}."
+        )
+    values = torch.empty(info.shape, dtype=info.dtype)
+    if info.nbytes:
+        store.read([ReadRequest(fqn, 0, byte_view(values))])
+    wanted = dtype if dtype is not None and buffer.dtype.is_floating_point else buffer.dtype
+    device = CPU if buffer.device.type == "meta" else buffer.device
+    return values.to(device=device, dtype=wanted)
+
+
+def memory_sources(ties: Sequence[Tie]) -> list[Source]:
+    """The parameters themselves, kept in host memory."""
+    sources = []
+    for tie in ties:
+        layout = replace(dense_layout(tie.parameter), device=CPU)
+        flat = _in_memory_order(tie.parameter).to(CPU).reshape(-1)
+        sources.append(Source(MemoryStore({tie.fqn: flat}), tie.fqn, layout))
+    return sources
+
+
+def written_sources(
+    ties: Sequence[Tie], residency: Residency, output_dir: str | os.PathLike[str] | None
+) -> list[Source]:
+    """The parameters, written to a file that only this model uses.
+
+    Raises:
+        ScratchError: they could not be written. Nothing is left behind.
+        PassError: ``output_dir`` has a file of that name already.
+    """
+    if output_dir is None:
+        residency.scratch = ScratchDirectory()
+        directory = residency.scratch.path
+    else:
+        directory = Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "model.safetensors"
+    if path.exists():
+        raise PassError(
+            f"{str(path)!r} exists. To use its weights, pass weights={str(path)!r} instead of output_dir; to write this "
+            "model's, choose another output_dir or remove the file."
+        )
+    write_safetensors(path, [_to_write(tie) for tie in ties], durable=output_dir is not None)
+    store = SafetensorsStore(path)
+    return [Source(store, tie.fqn, replace(dense_layout(tie.parameter), device=CPU)) for tie in ties]
+
+
+def _to_write(tie: Tie) -> WeightToWrite:
+    parameter = tie.parameter
+    if parameter.dtype not in STORED_DTYPES:  # the bytes are what counts; the model knows the dtype
+        return WeightToWrite(
+            tie.fqn, torch.uint8, (parameter.nbytes,), lambda: _in_memory_order(parameter).reshape(-1).view(torch.uint8)
+        )
+    shape = tuple(_in_memory_order(parameter.detach().to("meta")).shape)
+    return WeightToWrite(tie.fqn, parameter.dtype, shape, lambda: _in_memory_order(parameter))
+
+
+def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Dimensions permuted so that the elements follow each other as in a copy of ``tensor``."""
+    stride = dense_layout(tensor).stride
+    order = sorted(range(tensor.dim()), key=lambda dim: (-stride[dim], dim))
+    return tensor.detach().permute(order).contiguous()

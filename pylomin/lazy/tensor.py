@@ -1,0 +1,339 @@
+"""OffloadedTensor: a weight that is not in memory is still a tensor."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pylomin.errors import OffloadedWriteError
+from pylomin.lazy.storage import OffloadedStorage
+from pylomin.residency.weight import Weight
+
+aten = torch.ops.aten
+
+Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+RULES: dict[Any, Rule] = {}
+"""Operators that need not load what their arguments cover; a rule returns ``NotImplemented`` to decline."""
+
+
+class OffloadedTensor(torch.Tensor):
+    """A strided view of a :class:`Weight` whose bytes are in a store.
+
+    Shape, stride, dtype and device are true and cost nothing. A view (``w[3]``, ``w.t()``, ``w.chunk(3)``) is another
+    ``OffloadedTensor``; any other operation loads the bytes that its arguments cover, for as long as it runs. An
+    operation that writes takes effect in the model's own scratch file, never in the store that the weight came from.
+    """
+
+    weight: Weight
+    trainable: bool  # the parameter that it stands for required grad
+    pinned: torch.Tensor | None  # values that `data_ptr` gave an address of
+    chunk_rows: int | None = None  # rows of a lookup to hold at one time; see `chunked_embedding`
+
+    @staticmethod
+    def __new__(
+        cls,
+        weight: Weight,
+        size: Sequence[int] | None = None,
+        stride: Sequence[int] | None = None,
+        offset: int = 0,
+    ) -> OffloadedTensor:
+        layout = weight.layout
+        tensor: OffloadedTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            layout.shape if size is None else size,
+            strides=layout.stride if stride is None else stride,
+            storage_offset=offset,
+            dtype=layout.dtype,
+            device=layout.device,
+            requires_grad=False,
+        )
+        tensor.weight = weight
+        tensor.trainable = False
+        tensor.pinned = None
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (rule := RULES.get(func)) is not None:
+            result = rule(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        facts = _facts(func)
+        if facts.is_view and isinstance(args[0], OffloadedTensor):
+            result = _view(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        if facts.writes:
+            written = tree_flatten(facts.written(args, kwargs))[0]
+            targets = [target for target in written if isinstance(target, OffloadedTensor)]
+            if targets:
+                return _run_writing(func, args, kwargs, targets)
+        return run_loaded(func, args, kwargs)
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_whole(self) -> bool:
+        """It covers its weight as the weight is, so the resident tensor can stand for it."""
+        layout = self.weight.layout
+        return self.size() == layout.shape and self.stride() == layout.stride and not self.storage_offset()
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """This view, of a tensor that holds the whole weight."""
+        return values.as_strided(self.size(), self.stride(), values.storage_offset() + self.storage_offset())
+
+    def materialize(self) -> torch.Tensor:
+        """An ordinary tensor with these values, which nobody else sees."""
+        return self.of(self.weight.residency.load_private(self.weight))
+
+    def shared(self) -> torch.Tensor:
+        """Like :meth:`materialize`, but tied weights share memory as long as somebody holds it. Not to be written."""
+        weight = self.weight
+        storage = weight.shared() if weight.shared is not None else None
+        if storage is None:
+            values = weight.residency.load_private(weight)
+            weight.shared = weakref.ref(values.untyped_storage())
+            return self.of(values)
+        layout = weight.layout
+        values = torch.empty(0, dtype=layout.dtype, device=layout.device)
+        return self.of(values.set_(storage, 0, layout.shape, layout.stride))
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A read-only array: writing to it could not reach the weight."""
+        array = self.materialize().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.materialize().__array__(*args, **kwargs)
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self.materialize().__dlpack__(**kwargs)
+
+    def tolist(self) -> Any:
+        return self.materialize().tolist()
+
+    # -- storage ----------------------------------------------------------------------------------------------------
+
+    def data_ptr(self) -> int:
+        """The address of real values, which stay in memory as long as this tensor object lives."""
+        if self.pinned is None:
+            self.pinned = self.shared()
+        return self.pinned.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        """An identity for finding ties, which costs nothing; the values where more than that is asked."""
+        return OffloadedStorage(self.weight, self.shared)
+
+    def storage(self) -> Any:
+        return self.shared().storage()
+
+    def share_memory_(self) -> OffloadedTensor:
+        """Nothing to do: other processes read the same file."""
+        return self
+
+    # -- the parameter it stands for --------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> OffloadedTensor:  # type: ignore[override]
+        return OffloadedTensor(self.weight, self.size(), self.stride(), self.storage_offset())
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        if not isinstance(values, OffloadedTensor):
+            weight = self.weight
+            values = OffloadedTensor(weight.residency.take_over(weight, values))
+        torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
+        self.weight = values.weight
+        self.pinned = None
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> OffloadedTensor:
+        """Only ``False`` works. Gradients flow through offloaded weights, not into them."""
+        if requires_grad:
+            raise OffloadedWriteError(
+                f"weight '{self.weight.name}' is offloaded and cannot require grad: there is no memory to accumulate "
+                "it in. Keep the modules you train in memory (lazy_loading(model, skip_modules=[...])), or undo "
+                "offloading first with pylomin.restore(model)."
+            )
+        return self
+
+    def to_parameter(self) -> nn.Parameter:
+        """The ordinary parameter that it stands for, with the attributes that users gave it."""
+        parameter = nn.Parameter(self.shared(), requires_grad=self.trainable)
+        own = OffloadedTensor.__annotations__
+        parameter.__dict__.update({k: v for k, v in self.attributes().items() if k not in own})
+        return parameter
+
+    def attributes(self) -> dict[str, Any]:
+        """What a copy has, too."""
+        hidden = ("weight", "pinned", "_is_param")
+        return {name: value for name, value in self.__dict__.items() if name not in hidden}
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedTensor:
+        if id(self) in memo:
+            known: OffloadedTensor = memo[id(self)]
+            return known
+        old = self.weight
+        if id(old.residency) not in memo:
+            memo[id(old.residency)] = old.residency.copy()
+        if id(old) not in memo:
+            memo[id(old)] = Weight(old.name, old.source, memo[id(old.residency)], old.conversions)
+        clone = OffloadedTensor(memo[id(old)], self.size(), self.stride(), self.storage_offset())
+        if isinstance(self, nn.Parameter):
+            clone = as_parameter(clone)
+        clone.__dict__.update(copy.deepcopy(self.attributes(), memo))
+        memo[id(self)] = clone
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the ordinary tensor or parameter, so that whoever loads it does not need pylomin."""
+        values = self.to_parameter() if isinstance(self, nn.Parameter) else self.shared()
+        return values.__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        name, dtype, device = self.weight.name, self.dtype, self.device
+        return f"OffloadedTensor({name!r}, size={tuple(self.shape)}, dtype={dtype}, device='{device}')"
+
+
+def as_parameter(tensor: OffloadedTensor, *, trainable: bool = False) -> OffloadedTensor:
+    """``tensor`` as it sits in ``module._parameters``: ``isinstance(…, nn.Parameter)`` is true of it."""
+    with torch.inference_mode(False):
+        parameter: OffloadedTensor = nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
+    parameter.trainable = trainable
+    return parameter
+
+
+def run_loaded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``func`` with the values of its offloaded arguments, which are resident just for that."""
+    leaves, spec = tree_flatten((args, kwargs))
+    offloaded = [leaf for leaf in leaves if isinstance(leaf, OffloadedTensor)]
+    with ExitStack() as held:
+        values = _values(offloaded, held)
+        args, kwargs = tree_unflatten([values.get(id(leaf), leaf) for leaf in leaves], spec)
+        return func(*args, **kwargs)
+
+
+def _values(offloaded: Sequence[OffloadedTensor], held: ExitStack) -> dict[int, torch.Tensor]:
+    """Values by ``id`` of the offloaded tensor: whole weights are held, small views are read on their own."""
+    values: dict[int, torch.Tensor] = {}
+    whole: list[OffloadedTensor] = []
+    for tensor in offloaded:
+        start, span = tensor.storage_offset(), _span(tensor)
+        weight = tensor.weight
+        if weight.tensor is None and weight.keeps_order and span < weight.layout.numel:
+            run = weight.residency.load_runs(weight, [(start, start + span)])
+            values[id(tensor)] = run.as_strided(tensor.size(), tensor.stride(), 0)
+        else:
+            whole.append(tensor)
+    for residency in {tensor.weight.residency: None for tensor in whole}:
+        weights = {t.weight: None for t in whole if t.weight.residency is residency}
+        held.enter_context(residency.hold(list(weights)))
+    for tensor in whole:
+        assert tensor.weight.tensor is not None
+        values[id(tensor)] = tensor.of(tensor.weight.tensor.detach())
+    return values
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last that a strided tensor touches."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(tensor.size(), tensor.stride(), strict=True))
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let torch compute the geometry, on a tensor without data."""
+    source = args[0]
+    end = source.storage_offset() + _span(source)
+    carrier = torch.empty(end, dtype=source.dtype, device="meta")
+    carrier = carrier.as_strided(source.size(), source.stride(), source.storage_offset())
+    views = func(carrier, *args[1:], **kwargs)
+
+    def wrap(view: torch.Tensor) -> OffloadedTensor:
+        return OffloadedTensor(source.weight, view.size(), view.stride(), view.storage_offset())
+
+    if any(view.dtype != source.dtype or view.is_conj() or view.is_neg() for view in tree_flatten(views)[0]):
+        return NotImplemented
+    return wrap(views) if isinstance(views, torch.Tensor) else [wrap(view) for view in views]
+
+
+def _run_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Sequence[OffloadedTensor]) -> Any:
+    """Run an operation that writes on private copies, which become the weights' values when it succeeded."""
+    bases: dict[Weight, torch.Tensor] = {}
+    for target in targets:
+        weight = target.weight
+        if weight not in bases:
+            overwritten = func is aten.copy_.default and target.is_whole
+            bases[weight] = weight.layout.empty() if overwritten else weight.residency.load_private(weight)
+    real = {id(target): target.of(bases[target.weight]) for target in targets}
+    if func.overloadpacket in (aten.set_, aten.resize_, aten.resize_as_):
+        _refuse_new_storage(func, targets[0], real[id(targets[0])], args)
+        func, args = aten.copy_.default, args[:2]
+    leaves, spec = tree_flatten((args, kwargs))
+    sources = [leaf for leaf in leaves if isinstance(leaf, OffloadedTensor) and id(leaf) not in real]
+    with ExitStack() as held:
+        values = {id(t): t.of(bases[t.weight]) for t in sources if t.weight in bases}
+        values |= _values([t for t in sources if t.weight not in bases], held)
+        values |= real
+        args, kwargs = tree_unflatten([values.get(id(leaf), leaf) for leaf in leaves], spec)
+        result = func(*args, **kwargs)
+    for weight, base in bases.items():
+        weight.residency.write(weight, base)
+    back = {id(values): target for target in targets for values in [real[id(target)]]}
+    outputs, spec = tree_flatten(result)
+    return tree_unflatten([back.get(id(output), output) for output in outputs], spec)
+
+
+def _refuse_new_storage(func: Any, target: OffloadedTensor, values: torch.Tensor, args: tuple[Any, ...]) -> None:
+    source = args[1] if len(args) > 1 else None
+    same = isinstance(source, torch.Tensor) and source.shape == values.shape and source.dtype == values.dtype
+    if func.overloadpacket is not aten.set_ or not same:
+        raise OffloadedWriteError(
+            f"{func} would give weight '{target.weight.name}' another size or storage, which an offloaded weight "
+            "cannot take. Assign a new parameter to its module, or pylomin.restore(model) first."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What an operator's schema says about aliasing."""
+
+    is_view: bool
+    writes: tuple[int | str, ...]  # positions, or names of keyword-only arguments
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        positions = [args[i] for i in self.writes if isinstance(i, int) and i < len(args)]
+        return positions + [kwargs[i] for i in self.writes if isinstance(i, str) and i in kwargs]
+
+
+@cache
+def _facts(func: Any) -> _Facts:
+    writes: list[int | str] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            writes.append(argument.name if argument.kwarg_only else position)
+    return _Facts(func.is_view and not writes, tuple(writes))

@@ -1,0 +1,133 @@
+"""``load``: a model that never was in memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Container, Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from pylomin.errors import PassError
+from pylomin.lazy.offload import Tie, find_ties, offload, residency_for, slots_of
+from pylomin.lazy.sources import fill_buffers, matched_sources, missing_error
+from pylomin.residency.limits import parse_bytes
+from pylomin.store.base import WeightStore
+from pylomin.store.open import open_store
+
+
+def load(
+    model_fn: Callable[[], nn.Module],
+    weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Build a model whose weights stay where they are stored.
+
+    Args:
+        model_fn: builds the model, without arguments: ``lambda: BertModel(config)``. Its parameters get no memory;
+            its buffers are computed as usual.
+        weights: anything that :func:`pylomin.open_store` takes. Tied weights may be stored under any of their names.
+        device: where to compute. Default: the CPU.
+        dtype: convert floating-point weights, and stored buffers, to this dtype as they are loaded. Default: the
+            stored dtypes, which must be the model's.
+        memory_budget: as in :func:`pylomin.lazy_loading`.
+        strict: False to allow names in ``weights`` that the model does not have, and parameters that ``weights``
+            does not have: those are initialised by ``model_fn`` (called a second time) and stay in memory.
+
+    Returns:
+        The model, in the mode (``train`` or ``eval``) in which ``model_fn`` left it.
+
+    Raises:
+        WeightNotFoundError: listing missing and unexpected names.
+        WeightMismatchError: listing weights of another shape or dtype.
+        PassError: ``model_fn`` does not return a module, or reads a parameter's value.
+
+    >>> model = load(lambda: nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
+    >>> model(torch.ones(1, 2)).tolist()
+    [[2.0]]
+    """
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if dtype is not None and not dtype.is_floating_point:
+        raise PassError(f"dtype is {dtype}; expected a floating-point dtype.")
+    execution_device = None if device is None else torch.empty(0, device=device).device
+    store = open_store(weights)
+    model, registered = _build(model_fn)
+    ties = find_ties(slots_of(model))
+    sources, missing = matched_sources(ties, store, cast=dtype is not None)
+    missing_buffers = fill_buffers(model, store, dtype=dtype)
+    known = set(model.state_dict().keys()) | {name for tie in ties for name in tie.names}
+    unexpected = [name for name in store if name not in known]
+    if strict and (missing or missing_buffers or unexpected):
+        raise missing_error(missing + missing_buffers, unexpected, store)
+    if missing:
+        kept = {registered[id(tie.parameter)] for tie in ties if tie.fqn in missing if id(tie.parameter) in registered}
+        model, _ = _build(model_fn, keep=kept)
+        ties = find_ties(slots_of(model))
+        _check_initialised(ties, missing)
+        fill_buffers(model, store, dtype=dtype)
+        if dtype is not None:
+            for tie in ties:
+                if tie.fqn in missing and tie.parameter.is_floating_point():
+                    tie.parameter.data = tie.parameter.data.to(dtype)
+    found = [tie for tie in ties if tie.fqn not in missing]
+    offload(found, sources, residency_for(model, budget), device=execution_device, dtype=dtype)
+    if execution_device is not None:
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(execution_device)
+    return model
+
+
+def _build(model_fn: Callable[[], nn.Module], keep: Container[int] = ()) -> tuple[nn.Module, dict[int, int]]:
+    """Call ``model_fn`` so that the parameters that this thread registers get shape and dtype only.
+
+    Parameters that are tied stay one object. Those whose number, in the order of first registration, is in ``keep``
+    are left as they are. Returns the model, and the numbers by ``id`` of the stand-ins.
+    """
+    thread_id = threading.get_ident()
+    stand_ins: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
+    numbers: dict[int, int] = {}
+    count = itertools.count()
+
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread_id or id(parameter) in numbers:
+            return None
+        known = stand_ins.get(id(parameter))
+        if known is None or known[0]() is not parameter:
+            number = next(count)
+            if number in keep:
+                stand_in = parameter
+            else:
+                empty = torch.empty_like(parameter, device="meta")
+                stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                stand_in.__dict__.update(parameter.__dict__)
+            numbers[id(stand_in)] = number
+            known = stand_ins[id(parameter)] = (weakref.ref(parameter), stand_in)
+        return known[1]
+
+    hook = register_module_parameter_registration_hook(replace)
+    try:
+        model = model_fn()
+    finally:
+        hook.remove()
+    if not isinstance(model, nn.Module):
+        raise PassError(f"model_fn returned a {type(model).__name__}; expected a torch.nn.Module.")
+    alive = {id(parameter) for parameter in model.parameters()}
+    return model, {key: number for key, number in numbers.items() if key in alive}
+
+
+def _check_initialised(ties: list[Tie], missing: list[str]) -> None:
+    for tie in ties:
+        if tie.fqn in missing and tie.parameter.device.type == "meta":
+            raise PassError(
+                f"parameter '{tie.fqn}' is not in the weights, and model_fn gives it no value: it is on the meta "
+                "device, or model_fn does not build the same model each time it is called."
+            )

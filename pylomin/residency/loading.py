@@ -1,0 +1,136 @@
+"""From bytes in a store to tensors: sizes first, then memory, then one read, then conversions."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pylomin.errors import PylominError
+from pylomin.io.buffers import BufferPool, aligned
+from pylomin.residency.weight import Layout, Weight
+from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
+
+Attach = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A weight, or runs of its elements, counted as they lie in memory and packed one after the other."""
+
+    weight: Weight
+    runs: tuple[tuple[int, int], ...] | None = None  # (first, last exclusive)
+
+    def layouts(self) -> list[Layout]:
+        """The stored tensor's, then one for each conversion."""
+        steps = [self.weight.source.layout, *self.weight.conversions]
+        if self.runs is None:
+            return steps
+        shape = (sum(stop - start for start, stop in self.runs),)
+        return [replace(step, shape=shape, stride=(1,)) for step in steps]
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.layouts()[0].nbytes
+
+    @property
+    def in_memory(self) -> bool:
+        return isinstance(self.weight.source.store, InMemoryStore)
+
+    def requests(self, destination: memoryview) -> list[ReadRequest]:
+        source = self.weight.source
+        if self.runs is None:
+            return [ReadRequest(source.name, 0, destination)]
+        itemsize = source.layout.dtype.itemsize
+        requests, position = [], 0
+        for start, stop in self.runs:
+            end = position + (stop - start) * itemsize
+            requests.append(ReadRequest(source.name, start * itemsize, destination[position:end]))
+            position = end
+        return requests
+
+    def stored_tensor(self, store: InMemoryStore) -> torch.Tensor:
+        """The values where the store has them in memory; no copy but of more than one run."""
+        layout = self.weight.source.layout
+        stored = store.tensor(self.weight.source.name).detach()
+        if self.runs is None:
+            return stored.as_strided(layout.shape, layout.stride)
+        runs = [stored.as_strided((b - a,), (1,), stored.storage_offset() + a) for a, b in self.runs]
+        return runs[0] if len(runs) == 1 else torch.cat(runs)
+
+
+@dataclass(slots=True)
+class Room:
+    """Memory set aside in the pool for a list of pieces. What is not used goes back when this object dies."""
+
+    buffer: ctypes.Array[ctypes.c_char] | None
+    conversions: list[Attach]
+
+
+def needed_bytes(pieces: Sequence[Piece]) -> tuple[int, list[int]]:
+    """Bytes of the one buffer that the pieces are read into, and of the tensor of each conversion."""
+    buffer = sum(aligned(piece.stored_bytes) for piece in pieces if not piece.in_memory)
+    return buffer, [step.nbytes for piece in pieces for step in piece.layouts()[1:]]
+
+
+def try_reserve(pool: BufferPool, pieces: Sequence[Piece]) -> Room | None:
+    """Room for the pieces, or None where the budget leaves none."""
+    buffer_bytes, converted_bytes = needed_bytes(pieces)
+    room = Room(None, [])
+    if buffer_bytes:
+        room.buffer = pool.try_take(buffer_bytes)
+        if room.buffer is None:
+            return None
+    for nbytes in converted_bytes:
+        attach = pool.try_adopt(nbytes)
+        if attach is None:
+            return None
+        room.conversions.append(attach)
+    return room
+
+
+def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
+    """Read and convert; one tensor for each piece, in the execution layout. Needs no lock."""
+    try:
+        tensors = _read(pieces, room.buffer)
+    except PylominError as error:
+        # Its frames view the buffer, and would keep it from being reused for as long as somebody keeps the error.
+        if error.__cause__ is not None:
+            error.__cause__ = error.__cause__.with_traceback(None)
+        raise error.with_traceback(None)  # noqa: B904
+    attach = iter(room.conversions)
+    with torch.inference_mode(False), torch.no_grad():
+        for i, piece in enumerate(pieces):
+            for layout in piece.layouts()[1:]:
+                converted = layout.empty().copy_(tensors[i])
+                next(attach)(converted)
+                tensors[i] = converted
+    return tensors
+
+
+def _read(pieces: Sequence[Piece], buffer: ctypes.Array[ctypes.c_char] | None) -> list[torch.Tensor]:
+    view = memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
+    requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
+    tensors: list[torch.Tensor] = []
+    position = 0
+    # Tensors that are born in inference mode cannot be saved for backward later.
+    with torch.inference_mode(False):
+        for piece in pieces:
+            store, layout = piece.weight.source.store, piece.layouts()[0]
+            if isinstance(store, InMemoryStore):
+                tensors.append(piece.stored_tensor(store))
+                continue
+            if layout.nbytes == 0:
+                tensors.append(layout.empty())
+                continue
+            assert buffer is not None
+            destination = view[position : position + layout.nbytes]
+            requests.setdefault(id(store), (store, []))[1].extend(piece.requests(destination))
+            flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=position)
+            tensors.append(flat.as_strided(layout.shape, layout.stride))
+            position += aligned(layout.nbytes)
+    for store, wanted in requests.values():
+        store.read(wanted)
+    return tensors

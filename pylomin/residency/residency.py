@@ -1,0 +1,473 @@
+"""States of weights, the ledger, hold and release. Nothing else changes what is resident."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from pylomin.errors import BudgetError, PylominError
+from pylomin.io.buffers import BufferPool
+from pylomin.residency import loading
+from pylomin.residency.limits import format_bytes
+from pylomin.residency.prefetcher import Prefetcher
+from pylomin.residency.stats import Stats
+from pylomin.residency.trace import Key, Trace
+from pylomin.residency.weight import Layout, ResidentParameter, Source, State, Weight, dense_layout
+from pylomin.store.base import InMemoryStore
+from pylomin.store.memory import MemoryStore
+from pylomin.store.scratch import OverlayStore, ScratchDirectory
+
+SMALL_GROUP_BYTES = 256 << 10  # 256 KiB; reading so little inline is quicker than waking a thread for it
+LOOKAHEAD = 8  # groups, small ones included, among which the ones to prefetch are looked for
+RECHECK_S = 0.05  # views die without telling anyone, so who waits for memory looks again
+
+
+@dataclass(eq=False, slots=True)
+class Loaded:
+    """What one read brought into memory; it leaves together, because it lies in one buffer."""
+
+    members: Key
+    nbytes: int
+    kept: bool = False  # a resident: counted against the part of the budget outside the window
+    used: bool = False
+
+
+class Hold:
+    """Keeps weights resident for the length of a ``with`` block.
+
+    It lets go also when it is merely dropped, because a KeyboardInterrupt can arrive between taking the weights and
+    entering the block.
+    """
+
+    __slots__ = ("claimed", "pinned", "residency", "thread_id", "weights")
+
+    def __init__(self, residency: Residency, weights: Sequence[Weight]) -> None:
+        self.residency = residency
+        self.weights = weights
+        self.pinned: list[Weight] = []
+        self.claimed: list[Weight] = []  # being loaded by this hold
+        self.thread_id = threading.get_ident()
+
+    def __enter__(self) -> None:
+        try:
+            self.residency.acquire(self)
+        except BaseException:
+            self.residency.release(self)
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.residency.release(self)
+
+    def __del__(self) -> None:
+        if self.pinned:
+            self.residency.release(self)
+
+
+class Residency:
+    """The weights of one model that are offloaded: brings them in, counts them, lets them go.
+
+    References go one way: tensors hold weights, weights hold their residency. It knows its weights only by index, so
+    that a model that is dropped is gone at once, with its files, threads and memory.
+    """
+
+    def __init__(self, memory_budget: int | None = None) -> None:
+        self.pool = BufferPool(memory_budget)
+        self.trace = Trace()
+        self.scratch: ScratchDirectory | None = None
+        self._stats = Stats()
+        self._overlay: OverlayStore | None = None
+        self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
+        self._next_index = itertools.count()
+        self._prefetcher: Prefetcher | None = None
+        self._depth = 0
+        self._in_flight = 0  # background loads
+        self._idle: dict[Loaded, None] = {}  # resident and not held, oldest first
+        self._kept_bytes = 0
+        self._largest_bytes = 0  # of anything loaded together so far
+        self._holders: Counter[int] = Counter()  # pins by thread
+        self._waiting: set[int] = set()  # threads that wait for memory
+        self._changed = threading.Condition()
+        _all.add(self)
+
+    # -- settings and counters --------------------------------------------------------------------------------------
+
+    @property
+    def memory_budget(self) -> int | None:
+        return self.pool.limit_bytes
+
+    def set_budget(self, memory_budget: int | None) -> None:
+        """Takes effect now: what is idle and no longer fits leaves."""
+        with self._changed:
+            while memory_budget is not None and self.pool.in_use_bytes() > memory_budget:
+                if not self._evict_one():
+                    break
+            self.pool.set_limit(memory_budget)
+
+    def set_depth(self, depth: int) -> None:
+        """Read this many large groups ahead; 0 ends prefetching."""
+        with self._changed:
+            self._depth = depth
+            prefetcher, self._prefetcher = self._prefetcher, Prefetcher() if depth else None
+        if prefetcher is not None:
+            prefetcher.close()  # outside the lock, which the running task needs to finish
+        with self._changed:
+            self._drop_unused(wanted=())
+
+    @property
+    def depth(self) -> int:
+        return self._depth
+
+    def stats(self) -> Stats:
+        """The counters now."""
+        with self._changed:
+            return replace(
+                self._stats,
+                memory_budget=self.memory_budget,
+                resident_bytes=self.pool.in_use_bytes(),
+                peak_bytes=self.pool.peak_bytes,
+            )
+
+    def copy(self) -> Residency:
+        """For a copy of the model: the same settings and scratch files, a ledger of its own."""
+        clone = Residency(self.memory_budget)
+        clone.scratch = self.scratch
+        clone.set_depth(self._depth)
+        return clone
+
+    def expect(self, nbytes: int) -> None:
+        """A group of so many bytes will be loaded; the window must have room for it."""
+        self._largest_bytes = max(self._largest_bytes, nbytes)
+
+    def register(self, weight: Weight) -> int:
+        """The index by which this residency knows a new weight."""
+        index = next(self._next_index)
+        self._weights[index] = weight
+        return index
+
+    # -- use --------------------------------------------------------------------------------------------------------
+
+    def hold(self, weights: Sequence[Weight]) -> Hold:
+        """``with residency.hold(weights):`` they are resident inside the block.
+
+        Raises:
+            BudgetError: they do not fit beside what is held now.
+            StoreReadError: their bytes cannot be read, or could not in the background before.
+        """
+        return Hold(self, weights)
+
+    def acquire(self, hold: Hold) -> None:
+        with self._changed:
+            for weight in hold.weights:
+                weight.holds += 1
+                hold.pinned.append(weight)
+            self._holders[hold.thread_id] += 1
+        missed = False
+        while True:
+            with self._changed:
+                room = self._claim(hold)
+                if room is None:
+                    self._used(hold, missed)
+                    return
+            missed = True
+            started = time.perf_counter()
+            tensors = loading.load([loading.Piece(weight) for weight in hold.claimed], room)
+            with self._changed:
+                self._loaded(hold.claimed, tensors)
+                hold.claimed = []
+                self._stats.stall_s += time.perf_counter() - started
+
+    def release(self, hold: Hold) -> None:
+        """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
+        with self._changed:
+            try:
+                for weight in hold.pinned:
+                    tensor = weight.tensor
+                    if tensor is not None and tensor._version != weight.loaded_version:
+                        weight.loaded_version = tensor._version
+                        self._redirect(weight, tensor)
+            finally:
+                self._failed(hold.claimed)
+                hold.claimed = []
+                self._unpin(hold)
+
+    def load_private(self, weight: Weight) -> torch.Tensor:
+        """All values, in a tensor that nobody else sees."""
+        with self.hold([weight]), torch.inference_mode(False), torch.no_grad():
+            assert weight.tensor is not None
+            return weight.tensor.detach().clone(memory_format=torch.preserve_format)
+
+    def load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
+        piece = loading.Piece(weight, tuple(runs))
+        with self._changed:
+            room = self._make_room([piece])
+        values = loading.load([piece], room)[0]
+        with self._changed:
+            self._stats.loads += 1
+            self._stats.bytes_read += piece.stored_bytes
+        return values
+
+    def write(self, weight: Weight, values: torch.Tensor) -> None:
+        """Replace the values. The store that they came from is not touched."""
+        with self._changed:
+            self._changed.wait_for(lambda: weight.state is not State.LOADING)
+            self._redirect(weight, values)
+            if weight.tensor is None:
+                return
+            if weight.holds == 0:
+                self._drop(weight.loaded)
+            else:  # a forward that runs now sees the new values, as it would in an ordinary model
+                with torch.no_grad():
+                    weight.tensor.copy_(values)
+                weight.loaded_version = weight.tensor._version
+
+    def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
+        """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
+        layout = dense_layout(values)
+        with self._changed:
+            source = self._keep(weight, values, layout)
+        return Weight(weight.name, source, self, () if source.layout == layout else (layout,))
+
+    # -- under the lock ---------------------------------------------------------------------------------------------
+
+    def _claim(self, hold: Hold) -> loading.Room | None:
+        """Mark what is missing as loading, by this hold, and set memory aside; None when all is resident."""
+        while True:
+            for weight in hold.weights:
+                if weight.error is not None:
+                    error, weight.error = weight.error, None
+                    raise error
+            missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
+            if missing:
+                room = self._make_room([loading.Piece(weight) for weight in missing])
+                if all(weight.state is State.OFFLOADED for weight in missing):
+                    hold.claimed = missing
+                    for weight in missing:
+                        weight.state = State.LOADING
+                    return room
+            elif any(weight.state is State.LOADING for weight in hold.weights):
+                started = time.perf_counter()
+                self._changed.wait()
+                self._stats.stall_s += time.perf_counter() - started
+            else:
+                return None
+
+    def _used(self, hold: Hold, missed: bool) -> None:
+        for weight in hold.weights:
+            loaded: Loaded = weight.loaded
+            loaded.used = True
+            self._idle.pop(loaded, None)
+        self._stats.loads += missed
+        self._stats.hits += not missed
+        self.trace.record(tuple(weight.index for weight in hold.weights))
+        if self._prefetcher is not None:
+            self._prefetch(self._prefetcher)
+
+    def _loaded(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> Loaded:
+        loaded = Loaded(tuple(weight.index for weight in weights), sum(weight.peak_load_bytes for weight in weights))
+        with torch.inference_mode(False):
+            for weight, tensor in zip(weights, tensors, strict=True):
+                weight.tensor = ResidentParameter(tensor, requires_grad=False)
+                weight.loaded_version = weight.tensor._version
+                weight.loaded = loaded
+                weight.state = State.RESIDENT
+        self._stats.bytes_read += sum(weight.source.layout.nbytes for weight in weights)
+        self._largest_bytes = max(self._largest_bytes, loaded.nbytes)
+        self._changed.notify_all()
+        return loaded
+
+    def _failed(self, weights: Sequence[Weight]) -> None:
+        for weight in weights:
+            if weight.state is State.LOADING:
+                weight.state = State.OFFLOADED
+        self._changed.notify_all()
+
+    def _unpin(self, hold: Hold) -> None:
+        touched: dict[Loaded, None] = {}
+        while hold.pinned:
+            # No call between these lines: an interrupt is delivered at calls, and must not split them.
+            weight = hold.pinned[-1]
+            weight.holds -= 1
+            del hold.pinned[-1]
+            if weight.loaded is not None:
+                touched[weight.loaded] = None
+        self._holders[hold.thread_id] -= 1
+        if self._holders[hold.thread_id] <= 0:
+            del self._holders[hold.thread_id]
+        for loaded in touched:
+            if all(member.holds == 0 for member in self._members(loaded)):
+                self._settle(loaded)
+        self._changed.notify_all()
+
+    def _settle(self, loaded: Loaded) -> None:
+        """Nobody holds it any more: it stays if it fits beside the window that others stream through.
+
+        So a fixed set stays, the first that fit: on a cyclic order it hits every time round, where keeping the
+        most recently used would never hit.
+        """
+        budget = self.memory_budget
+        if not loaded.kept and budget is not None:
+            window_bytes = (1 + self._depth) * self._largest_bytes
+            if self._kept_bytes + loaded.nbytes + window_bytes <= budget:
+                loaded.kept = True
+                self._kept_bytes += loaded.nbytes
+        if loaded.kept:
+            self._idle[loaded] = None
+        else:
+            self._drop(loaded)
+
+    def _members(self, loaded: Loaded) -> list[Weight]:
+        found = (self._weights.get(index) for index in loaded.members)
+        return [weight for weight in found if weight is not None and weight.loaded is loaded]
+
+    def _drop(self, loaded: Loaded) -> None:
+        if loaded.kept:
+            self._kept_bytes -= loaded.nbytes
+        self._stats.wasted += not loaded.used
+        self._idle.pop(loaded, None)
+        for weight in self._members(loaded):
+            weight.state = State.OFFLOADED
+            weight.tensor = weight.loaded = None
+
+    def _evict_one(self) -> bool:
+        if not self._idle:
+            return False
+        # The newest: on a cyclic order the oldest is needed first.
+        self._drop(next(reversed(self._idle)))
+        return True
+
+    def _make_room(self, pieces: Sequence[loading.Piece]) -> loading.Room:
+        while True:
+            room = loading.try_reserve(self.pool, pieces)
+            if room is not None:
+                return room
+            if self._evict_one():
+                continue
+            me = threading.get_ident()
+            if not self._in_flight and all(t in self._waiting or t == me for t in self._holders):
+                raise self._over_budget(pieces)
+            started = time.perf_counter()
+            self._waiting.add(me)
+            try:
+                self._changed.wait(RECHECK_S)
+            finally:
+                self._waiting.discard(me)
+                self._stats.stall_s += time.perf_counter() - started
+
+    def _over_budget(self, pieces: Sequence[loading.Piece]) -> BudgetError:
+        largest = max((piece.weight for piece in pieces), key=lambda weight: weight.nbytes)
+        buffer_bytes, converted_bytes = loading.needed_bytes(pieces)
+        needed_bytes = buffer_bytes + sum(converted_bytes)
+        used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
+        return BudgetError(
+            f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "
+            f"({format_bytes(budget)}), of which {format_bytes(used_bytes)} are in use by weights that a running "
+            "forward holds or by tensors that outlive their use (an autograd graph, a saved reference, an exception's "
+            f"traceback). Use memory_budget of at least {used_bytes + needed_bytes}, or run under torch.no_grad()."
+        )
+
+    def _prefetch(self, prefetcher: Prefetcher) -> None:
+        wanted: dict[Key, list[Weight]] = {}
+        for key in self.trace.upcoming(LOOKAHEAD):
+            weights = [weight for weight in map(self._weights.get, key) if weight is not None]
+            if sum(weight.nbytes for weight in weights) >= SMALL_GROUP_BYTES:
+                wanted[key] = weights
+                if len(wanted) == self._depth:
+                    break
+        self._drop_unused(wanted)
+        for weights in wanted.values():
+            missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
+            if not missing:
+                continue
+            room = loading.try_reserve(self.pool, [loading.Piece(weight) for weight in missing])
+            if room is None:
+                return  # what is needed now comes first; this is read when it is used
+            for weight in missing:
+                weight.state = State.LOADING
+            self._in_flight += 1
+            self._stats.prefetched += 1
+            prefetcher.submit(partial(self._load_in_background, missing, room), partial(self._abandon, missing))
+
+    def _drop_unused(self, wanted: Collection[Key]) -> None:
+        members = {index for key in wanted for index in key}
+        for loaded in [loaded for loaded in self._idle if not loaded.used]:
+            if members.isdisjoint(loaded.members):
+                self._drop(loaded)
+
+    def _load_in_background(self, weights: Sequence[Weight], room: loading.Room) -> None:
+        tensors, error = None, None
+        try:
+            tensors = loading.load([loading.Piece(weight) for weight in weights], room)
+        except (PylominError, OSError, RuntimeError, MemoryError) as raised:
+            error = raised
+        with self._changed:
+            self._in_flight -= 1
+            if tensors is None:
+                for weight in weights:
+                    weight.error = error
+                self._failed(weights)
+                return
+            loaded = self._loaded(weights, tensors)
+            if all(weight.holds == 0 for weight in weights):
+                self._idle[loaded] = None
+
+    def _abandon(self, weights: Sequence[Weight]) -> None:
+        with self._changed:
+            self._in_flight -= 1
+            self._failed(weights)
+
+    # -- writes -----------------------------------------------------------------------------------------------------
+
+    def _redirect(self, weight: Weight, values: torch.Tensor) -> None:
+        """From now on the weight's bytes are a copy of ``values`` that is this model's own."""
+        layout = weight.layout
+        weight.source = self._keep(weight, values, layout)
+        weight.conversions = () if weight.source.layout == layout else (layout,)
+        weight.converted = {}
+        weight.shared = None
+
+    def _keep(self, weight: Weight, values: torch.Tensor, layout: Layout) -> Source:
+        stored = replace(layout, device=torch.device("cpu"))
+        with torch.inference_mode(False), torch.no_grad():
+            flat = stored.empty().copy_(values).as_strided((layout.numel,), (1,))
+        weight.writes += 1
+        if isinstance(weight.source.store, InMemoryStore):
+            return Source(MemoryStore({weight.name: flat}), weight.name, stored)
+        if self._overlay is None:
+            self._overlay = OverlayStore(ScratchDirectory())
+        name = f"{weight.name}#{weight.index}.{weight.writes}"
+        self._overlay.write(name, flat)
+        return Source(self._overlay, name, stored, on_unused=partial(self._overlay.discard, name))
+
+    def _reset_after_fork(self) -> None:
+        """In a forked child: threads other than this one, and what they were doing, do not exist."""
+        me = threading.get_ident()
+        self._changed = threading.Condition()
+        self._waiting = set()
+        self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
+        self._in_flight = 0
+        self._overlay = None  # the parent's; what is read from it stays readable, writes go to a new one
+        self._prefetcher = Prefetcher() if self._depth else None
+        self.pool.reset_after_fork()
+        self._failed(list(self._weights.values()))
+
+
+_all: weakref.WeakSet[Residency] = weakref.WeakSet()
+
+
+def _reset_all_after_fork() -> None:
+    for residency in list(_all):
+        residency._reset_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_all_after_fork)

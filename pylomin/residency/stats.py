@@ -1,0 +1,42 @@
+"""Counters of one residency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(slots=True)
+class Stats:
+    """What happened to the weights of a model so far. Sizes in bytes, times in seconds.
+
+    ``hits`` are uses that found their weights in memory, ``loads`` uses that had to read them; ``prefetched`` counts
+    background reads, each of which ends as a hit or in ``wasted``. ``stall_s`` is the time forwards waited for bytes.
+    """
+
+    loads: int = 0
+    hits: int = 0
+    prefetched: int = 0
+    wasted: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    resident_bytes: int = 0
+    peak_bytes: int = 0
+    memory_budget: int | None = None
+    reading_mode: str = "buffered"
+
+    def __add__(self, other: Stats) -> Stats:
+        budgets = [s.memory_budget for s in (self, other) if s.memory_budget is not None]
+        modes = sorted({self.reading_mode, other.reading_mode})
+        return replace(
+            self,
+            loads=self.loads + other.loads,
+            hits=self.hits + other.hits,
+            prefetched=self.prefetched + other.prefetched,
+            wasted=self.wasted + other.wasted,
+            bytes_read=self.bytes_read + other.bytes_read,
+            stall_s=self.stall_s + other.stall_s,
+            resident_bytes=self.resident_bytes + other.resident_bytes,
+            peak_bytes=self.peak_bytes + other.peak_bytes,
+            memory_budget=sum(budgets) if budgets else None,
+            reading_mode="+".join(modes),
+        )

@@ -1,0 +1,177 @@
+"""What residency knows of one weight: where its bytes are, what it looks like in memory, and its state."""
+
+from __future__ import annotations
+
+import enum
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pylomin.store.base import WeightStore
+
+if TYPE_CHECKING:
+    from pylomin.residency.residency import Residency
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything about a tensor but its values. ``stride`` is dense: the elements fill a run of memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.stride == contiguous_stride(self.shape)
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a row-major tensor, as torch computes them."""
+    stride: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def dense_layout(tensor: torch.Tensor) -> Layout:
+    """The layout that ``torch.empty_like`` would give a copy: strides are kept where the tensor is dense."""
+    stride = torch.empty_like(tensor, device="meta").stride()
+    return Layout(tensor.dtype, tuple(tensor.shape), tuple(stride), tensor.device)
+
+
+class Source:
+    """Bytes in a store that never change while this object lives; shared by every weight that reads them."""
+
+    __slots__ = ("__weakref__", "layout", "name", "store")
+
+    def __init__(
+        self,
+        store: WeightStore,
+        name: str,
+        layout: Layout,
+        on_unused: Callable[[], None] | None = None,
+    ) -> None:
+        self.store = store
+        self.name = name
+        self.layout = layout  # of the stored bytes, on the CPU
+        if on_unused is not None:
+            weakref.finalize(self, on_unused).atexit = False
+
+
+class State(enum.Enum):
+    OFFLOADED = "offloaded"
+    LOADING = "loading"
+    RESIDENT = "resident"
+
+
+class ResidentParameter(nn.Parameter):
+    """A weight while it is resident. Writes to it are noticed by its version, also those made through ``.data``."""
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        # torch's own `.data` has a version counter of its own; `detach()` shares ours.
+        with torch.no_grad():
+            return self.detach()
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(values)
+
+
+class Weight:
+    """One named tensor of a model. Ties share one ``Weight``. Only residency changes its state."""
+
+    __slots__ = (
+        "__weakref__",
+        "conversions",
+        "converted",
+        "error",
+        "holds",
+        "index",
+        "loaded",
+        "loaded_version",
+        "name",
+        "residency",
+        "shared",
+        "source",
+        "state",
+        "tensor",
+        "writes",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        residency: Residency,
+        conversions: tuple[Layout, ...] = (),
+    ) -> None:
+        self.name = name  # fully qualified, of its first owner
+        self.source = source
+        self.conversions = conversions  # layouts that the stored tensor is copied into, one after the other
+        self.converted: dict[Layout, Weight] = {}  # weights that `.to()` made of this one
+        self.residency = residency
+        self.writes = 0
+        self.shared: weakref.ref[torch.UntypedStorage] | None = None  # values given out to be pickled or pointed at
+        self.state = State.OFFLOADED
+        self.holds = 0  # forwards and operations that use it now
+        self.tensor: ResidentParameter | None = None
+        self.loaded_version = 0
+        self.loaded: Any = None  # residency's record of the load that brought it
+        self.error: BaseException | None = None  # of a background load, for the next use to raise
+        self.index = residency.register(self)
+
+    @property
+    def layout(self) -> Layout:
+        """What it looks like in compute memory."""
+        return self.conversions[-1] if self.conversions else self.source.layout
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def keeps_order(self) -> bool:
+        """A run of elements in compute memory is a run of elements in the store."""
+        return all(step.stride == self.source.layout.stride for step in self.conversions)
+
+    @property
+    def peak_load_bytes(self) -> int:
+        """Most bytes that exist at one time while it is loaded: a conversion needs both sides."""
+        steps = [self.source.layout.nbytes, *(step.nbytes for step in self.conversions)]
+        if len(steps) == 1:
+            return steps[0]
+        return max(before + after for before, after in zip(steps, steps[1:], strict=False))
+
+    def convert(self, layout: Layout) -> Weight:
+        """This weight as ``.to(...)`` would copy it; loaded from the same bytes."""
+        if layout == self.layout:
+            return self
+        if layout not in self.converted:
+            self.converted[layout] = Weight(self.name, self.source, self.residency, (*self.conversions, layout))
+        return self.converted[layout]
+
+    def where(self) -> str:
+        """For error messages."""
+        return f"weight '{self.name}' ({self.source.store.describe(self.source.name)})"

@@ -1,0 +1,55 @@
+"""Writing to disk: room, complete writes, and errors that say what to do about them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+from pylomin.errors import ScratchError
+
+_WRITE_BYTES = 1 << 26  # 64 MiB per call: macOS refuses 2 GiB, and Ctrl-C should not wait for long
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def check_room(directory: str, needed_bytes: int) -> None:
+    """Raise ScratchError unless the file system of ``directory`` has ``needed_bytes`` free."""
+    try:
+        free_bytes = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise disk_error(error, directory, needed_bytes) from error
+    if free_bytes < needed_bytes:
+        raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), directory, needed_bytes)
+
+
+def write_at(fd: int, offset_bytes: int, view: memoryview) -> None:
+    """Write all of ``view`` at a file offset, with the GIL released. Lets OSError pass."""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + _WRITE_BYTES], offset_bytes + done)
+
+
+def disk_error(error: OSError, directory: str, needed_bytes: int) -> ScratchError:
+    """The error for a failed write of ``needed_bytes`` into ``directory``."""
+    try:
+        free = _sized(shutil.disk_usage(directory).free)
+    except OSError:
+        free = "unknown"
+    if error.errno in _NO_ROOM:
+        advice = "Free some space there, or choose another directory"
+    elif error.errno in _NO_PERMISSION:
+        advice = "Make it writable for this user, or choose another directory"
+    elif error.errno in {errno.ENOENT, errno.ENOTDIR}:
+        advice = "Create the directory, or choose another one"
+    else:
+        advice = "Check the disk, or choose another directory"
+    return ScratchError(
+        f"writing weights to {directory!r} failed: {error.strerror or error}. Needed: "
+        f"{_sized(needed_bytes)}; free there: {free}. {advice} with output_dir= or by setting "
+        "the environment variable TMPDIR."
+    )
+
+
+def _sized(nbytes: int) -> str:
+    return f"{nbytes} bytes ({nbytes / (1 << 20):.1f} MiB)"

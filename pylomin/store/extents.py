@@ -1,0 +1,122 @@
+"""Stores whose weights are byte ranges of files, whatever the format that says where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pylomin.errors import StoreReadError
+from pylomin.io.files import Extent, WeightFile
+from pylomin.store.base import ReadRequest, WeightInfo
+from pylomin.store.requests import check_request, weight_not_found
+
+_MAX_GAP_BYTES = 1 << 16  # 64 KiB: reading that much more costs less than another call
+# Where bytes between two weights go. Shared by all threads: nobody looks at what is in it.
+_DISCARD = memoryview(bytearray(_MAX_GAP_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight and the file bytes that hold it, contiguous and in row-major order."""
+
+    info: WeightInfo
+    file: WeightFile
+    extent: Extent
+
+
+class ExtentStore:
+    """A :class:`~pylomin.store.base.WeightStore` over extents of files.
+
+    The base of every file format: a format's own class finds the extents, everything else is here.
+
+    Args:
+        path: what the user opened, for error messages.
+        weights: in file order.
+        files: those that ``close()`` closes.
+    """
+
+    def __init__(self, path: str, weights: Mapping[str, StoredWeight], files: Iterable[WeightFile]) -> None:
+        self.path = path
+        self.files = tuple(files)
+        self._weights = dict(weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def location(self, name: str) -> StoredWeight:
+        """The file and extent of one weight. Raises WeightNotFoundError."""
+        try:
+            return self._weights[name]
+        except KeyError:
+            raise weight_not_found(name, self._weights, repr(self.path)) from None
+
+    def info(self, name: str) -> WeightInfo:
+        """Metadata of one weight. Raises WeightNotFoundError."""
+        return self.location(name).info
+
+    def describe(self, name: str) -> str:
+        """The path of the file that holds the weight. Raises WeightNotFoundError."""
+        return self.location(name).file.path
+
+    def read(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill every destination; weights that lie next to each other are read together.
+
+        Raises:
+            WeightNotFoundError: a weight is not in the store.
+            StoreReadError: naming the weights and the file.
+        """
+        read_extents([(self.location(request.name), request) for request in requests])
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        for file in self.files:
+            file.close()
+
+
+def read_extents(pieces: Iterable[tuple[StoredWeight, ReadRequest]]) -> None:
+    """Fill the destinations of all requests, in file order and with one read per adjacent run."""
+    by_file: dict[WeightFile, list[tuple[int, ReadRequest]]] = {}
+    for weight, request in pieces:
+        check_request(request, weight.info, repr(weight.file.path))
+        start = weight.extent.start + request.offset_bytes
+        by_file.setdefault(weight.file, []).append((start, request))
+    for file, placed in by_file.items():
+        for run in _coalesce(placed):
+            try:
+                file.read(run.start, run.buffers)
+            except StoreReadError as error:
+                names = ", ".join(repr(name) for name in dict.fromkeys(run.names))
+                raise type(error)(f"could not read weight {names}: {error}") from error
+
+
+@dataclass(slots=True)
+class _Run:
+    """Requests that one read serves."""
+
+    start: int
+    stop: int  # (exclusive)
+    buffers: list[memoryview] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+def _coalesce(placed: list[tuple[int, ReadRequest]]) -> Iterator[_Run]:
+    run: _Run | None = None
+    for start, request in sorted(placed, key=lambda piece: piece[0]):
+        if run is not None and 0 <= start - run.stop <= _MAX_GAP_BYTES:
+            if start > run.stop:
+                run.buffers.append(_DISCARD[: start - run.stop])
+        else:
+            if run is not None:
+                yield run
+            run = _Run(start, start)
+        run.buffers.append(request.destination)
+        run.names.append(request.name)
+        run.stop = start + len(request.destination)
+    if run is not None:
+        yield run
