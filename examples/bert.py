@@ -81,10 +81,13 @@ def lazy(config: BertConfig, directory: Path) -> nn.Module:
 
 def kept_embedding(config: BertConfig, directory: Path) -> nn.Module:
     """As ``lazy``, with the word embedding kept in memory."""
-    model = lazy(config, directory)
-    weight = model.get_parameter(f"{EMBEDDING}.weight").detach().clone()
-    model.get_submodule(EMBEDDING).weight = nn.Parameter(weight, requires_grad=False)
-    return model
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = BertModel(config)
+    embedding = model.get_submodule(EMBEDDING)
+    with safe_open(checkpoint(directory), "pt") as file:
+        weight = file.get_tensor(f"{EMBEDDING}.weight").clone()
+    embedding.load_state_dict({"weight": weight}, assign=True)
+    return pylomin.lazy_loading(model, weights=checkpoint(directory), skip_modules=[embedding])
 
 
 def chunked_embedding(config: BertConfig, directory: Path) -> nn.Module:
@@ -212,9 +215,7 @@ def main() -> None:
         "passes_per_round": TIMED_PASSES,
     }
     rows: list[dict[str, Any]] = [
-        {"variant": name, "error": failures[name]}
-        if name in failures
-        else summarise(name, done, runs["resident"])
+        {"variant": name, "error": failures[name]} if name in failures else summarise(name, done, runs["resident"])
         for name, done in runs.items()
     ]
     bound = {
@@ -228,9 +229,7 @@ def main() -> None:
     results = {"rows": rows, "bound": bound, "memory_over_time": lines}
     result = write_result(output / "demo.json", settings, results)
     plot_memory_over_time(lines, output / "demo-memory.png")
-    plot_speed_against_memory(
-        [row for row in rows if "error" not in row], output / "demo-speed.png"
-    )
+    plot_speed_against_memory([row for row in rows if "error" not in row], output / "demo-speed.png")
     print(f"\n{demo_table(result)}\n\n{demo_caption(result)}\n\nWritten: {output}/demo*")
     if arguments.publish:
         fill_readme()

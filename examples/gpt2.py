@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pylomin
@@ -40,19 +41,23 @@ def main() -> None:
     torch.manual_seed(0)
     # The vocabulary is the 256 bytes, so no tokenizer is needed.
     config = GPT2Config(
-        vocab_size=256, n_positions=256, n_embd=384, n_layer=6, n_head=6, eos_token_id=None
+        vocab_size=256,
+        n_positions=256,
+        n_embd=384,
+        n_layer=6,
+        n_head=6,
+        initializer_range=0.2,  # random weights of the usual size repeat one token
+        bos_token_id=None,
+        eos_token_id=None,
     )
     in_memory = GPT2LMHeadModel(config).eval()
     expected = generate(in_memory, PROMPT, arguments.tokens)
 
     with tempfile.TemporaryDirectory() as directory:
-        in_memory.save_pretrained(directory)
+        checkpoint = Path(directory) / "model.safetensors"
+        save_model(in_memory, str(checkpoint))
         del in_memory
-        model = pylomin.load(
-            lambda: GPT2LMHeadModel(config),
-            Path(directory) / "model.safetensors",
-            memory_budget=arguments.budget,
-        )
+        model = pylomin.load(lambda: GPT2LMHeadModel(config), checkpoint, memory_budget=arguments.budget)
         model = pylomin.prefetch(model).eval()
         with pylomin.peak_memory(model) as peak:
             tokens = generate(model, PROMPT, arguments.tokens)

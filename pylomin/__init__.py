@@ -15,7 +15,7 @@ from pylomin.errors import (
     WeightMismatchError,
     WeightNotFoundError,
 )
-from pylomin.lazy import partial as _partial  # registers the operators that need only some rows
+from pylomin.lazy import partial as _partial  # noqa: F401  # registers the operators that need only some rows
 from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
 from pylomin.passes.chunked_embedding import chunked_embedding

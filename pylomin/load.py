@@ -113,7 +113,7 @@ def _build(model_fn: Callable[[], nn.Module], keep: Container[int] = ()) -> tupl
             known = stand_ins[id(parameter)] = (weakref.ref(parameter), stand_in)
         return known[1]
 
-    hook = register_module_parameter_registration_hook(replace)
+    hook = register_module_parameter_registration_hook(replace)  # type: ignore[arg-type]
     try:
         model = model_fn()
     finally:

@@ -1,0 +1,1 @@
+"""Bytes of files, and the memory they are read into."""

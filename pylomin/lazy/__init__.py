@@ -1,0 +1,1 @@
+"""Offloaded tensors, and the modules that use them."""

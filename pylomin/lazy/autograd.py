@@ -42,7 +42,7 @@ def saving_pointers(weights: Sequence[Weight]) -> AbstractContextManager[Any]:
     Other tensors go to the hooks around this block, if there are any (activation checkpointing sets some).
     Same mechanism as ``torch.autograd.graph.save_on_cpu``.
     """
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # under torch.func transforms
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # under torch.func transforms
         return nullcontext()
     by_storage = {w.tensor.untyped_storage()._cdata: w for w in weights if w.tensor is not None}
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -53,7 +53,7 @@ def saving_pointers(weights: Sequence[Weight]) -> AbstractContextManager[Any]:
         if isinstance(tensor, _PLAIN) and tensor.layout is torch.strided and tensor.device.type != "meta":
             weight = by_storage.get(tensor.untyped_storage()._cdata)
             if weight is not None and tensor.dtype == weight.layout.dtype:
-                return _SavedView(weight, weight.writes, tensor.size(), tensor.stride(), tensor.storage_offset())
+                return _SavedView(weight, weight.writes, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return outer_pack(tensor)
 
     def unpack(saved: Any) -> torch.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
+from pylomin.lazy.compiling import not_compiled
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.weight import Weight
@@ -46,12 +47,12 @@ class LazyModule(nn.Module):
         clone: nn.Module = type(self).__new__(type(self))
         if memo is not None:
             memo[id(self)] = clone
-        clone.__setstate__(copied(self.__getstate__()))  # type: ignore[arg-type,operator]
+        clone.__setstate__(copied(self.__getstate__()))
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the module that it was, with its weights in memory."""
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        make, arguments, *rest = tuple(super().__reduce_ex__(protocol))
         return (make, tuple(original_class(a) if a is type(self) else a for a in arguments), *rest)
 
 
@@ -66,32 +67,40 @@ def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super(lazy, self).forward(*args, **kwargs)  # type: ignore[misc]
+
+    @not_compiled
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         weights = weights_to_hold(self)
         if not weights:
-            return super(lazy, self).forward(*args, **kwargs)
+            return run(self, *args, **kwargs)
         with weights[0].residency.hold(weights):
             if not torch.is_grad_enabled():
-                return super(lazy, self).forward(*args, **kwargs)
+                return run(self, *args, **kwargs)
             with saving_pointers(weights):
-                return super(lazy, self).forward(*args, **kwargs)
+                return run(self, *args, **kwargs)
 
-    # torch.compile runs this as it is, between compiled parts: what it would trace are reads from files.
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
     mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)
     namespace = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "lazy_of": cls}
-    lazy = type(cls)(f"Lazy{cls.__name__}", (*mixins, cls), namespace)
+    lazy: type[nn.Module] = type(cls)(f"Lazy{cls.__name__}", (*mixins, cls), namespace)  # type: ignore[misc]
     return lazy
 
 
 def weights_to_hold(module: nn.Module) -> list[Weight]:
-    """The whole offloaded weights that the module owns now, each once."""
-    weights: dict[Weight, None] = {}
-    for parameter in module._parameters.values():
-        if type(parameter) is OffloadedTensor and parameter.is_whole:
-            weights[parameter.weight] = None
-    return list(weights)
+    """The whole offloaded weights that the module owns now, each once.
+
+    Where another model's weight was put into the module, that one loads at the operation that uses it.
+    """
+    weights: list[Weight] = []
+    parameters: Iterable[torch.Tensor | None] = module._parameters.values()
+    for parameter in parameters:
+        if isinstance(parameter, OffloadedTensor) and parameter.is_whole:
+            weight = parameter.weight
+            if weight not in weights and (not weights or weight.residency is weights[0].residency):
+                weights.append(weight)
+    return weights
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -104,7 +104,7 @@ def offload(
             old = slot.parameter
             if id(old) not in replaced:
                 replaced[id(old)] = _stand_in(old, weight)
-            slot.module._parameters[slot.name] = replaced[id(old)]
+            slot.module._parameters[slot.name] = replaced[id(old)]  # type: ignore[assignment]
             modules[slot.module] = None
     for module in modules:
         if holds_weights(module) and original_class(type(module)) is type(module):
@@ -175,6 +175,7 @@ class Footprint(NamedTuple):
 
 
 def footprint(weight: Weight) -> Footprint:
+    """Of a weight as it is stored now."""
     converted_bytes = sum(step.nbytes for step in weight.conversions)
     return Footprint(weight.name, weight.source.layout.nbytes, converted_bytes)
 

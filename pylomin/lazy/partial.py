@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
+from pylomin.lazy.tensor import RULES, OffloadedTensor, aten
 from pylomin.residency.weight import Layout
 
 BATCH_BYTES = 4 << 20  # 4 MiB; rows of a lookup that are in memory at one time
@@ -57,7 +57,7 @@ def _row_bytes(table: OffloadedTensor) -> int:
 def _read_rows(table: OffloadedTensor, rows: torch.Tensor) -> torch.Tensor:
     """The rows (sorted, unique), in that order. Neighbours are read together."""
     row_numel = table.numel() // table.shape[0]
-    offset = table.storage_offset()
+    offset = int(table.storage_offset())
     runs: list[tuple[int, int]] = []
     for first, last in _runs(rows.tolist()):
         runs.append((offset + first * row_numel, offset + last * row_numel))

@@ -10,6 +10,8 @@ from torch import nn
 class LazyRNN(nn.Module):
     """Mixed into lazy ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``."""
 
+    _flat_weights_names: list[str]
+
     @property
     def _flat_weights(self) -> list[Any]:
         return [getattr(self, name, None) for name in self._flat_weights_names]
@@ -19,7 +21,7 @@ class LazyRNN(nn.Module):
         """What the base class assigns is what the getter makes."""
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment]
+        state: dict[str, Any] = super().__getstate__()
         return state | {"_flat_weights": self._flat_weights}  # the ordinary class has no getter
 
     def __setstate__(self, state: dict[str, Any]) -> None:

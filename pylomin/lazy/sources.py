@@ -54,8 +54,8 @@ def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = Fal
         sources.append(Source(store, name, layout))
     if mismatches:
         raise WeightMismatchError(
-            "stored weights differ from the model's:\n" + "\n".join(mismatches) + "\nGive the weights of this very "
-            "model; where only dtypes differ, use pylomin.load(..., dtype=...) or convert the model with model.to(dtype)."
+            "stored weights differ from the model's:\n" + "\n".join(mismatches) + "\nGive the weights of this "
+            "model; where only dtypes differ, use pylomin.load(..., dtype=...) or model.to(dtype)."
         )
     return sources, missing
 
@@ -144,8 +144,8 @@ def written_sources(
     path = directory / "model.safetensors"
     if path.exists():
         raise PassError(
-            f"{str(path)!r} exists. To use its weights, pass weights={str(path)!r} instead of output_dir; to write this "
-            "model's, choose another output_dir or remove the file."
+            f"{str(path)!r} exists. To use its weights, pass weights={str(path)!r} instead of output_dir; to write "
+            "this model's, choose another output_dir or remove the file."
         )
     write_safetensors(path, [_to_write(tie) for tie in ties], durable=output_dir is not None)
     store = SafetensorsStore(path)

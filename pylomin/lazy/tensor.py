@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pylomin.errors import OffloadedWriteError
+from pylomin.lazy.compiling import not_compiled
 from pylomin.lazy.storage import OffloadedStorage
 from pylomin.residency.weight import Weight
 
@@ -34,6 +35,7 @@ class OffloadedTensor(torch.Tensor):
     """
 
     weight: Weight
+    is_whole: bool  # it covers its weight as the weight is, so that the resident tensor can stand for it
     trainable: bool  # the parameter that it stands for required grad
     pinned: torch.Tensor | None  # values that `data_ptr` gave an address of
     chunk_rows: int | None = None  # rows of a lookup to hold at one time; see `chunked_embedding`
@@ -57,38 +59,22 @@ class OffloadedTensor(torch.Tensor):
             requires_grad=False,
         )
         tensor.weight = weight
+        tensor.is_whole = tensor._covers_weight()
         tensor.trainable = False
         tensor.pinned = None
         return tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if (rule := RULES.get(func)) is not None:
-            result = rule(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        facts = _facts(func)
-        if facts.is_view and isinstance(args[0], OffloadedTensor):
-            result = _view(func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        if facts.writes:
-            written = tree_flatten(facts.written(args, kwargs))[0]
-            targets = [target for target in written if isinstance(target, OffloadedTensor)]
-            if targets:
-                return _run_writing(func, args, kwargs, targets)
-        return run_loaded(func, args, kwargs)
+        return _dispatch(func, args, kwargs or {})
 
     # -- values -----------------------------------------------------------------------------------------------------
 
-    @property
-    def is_whole(self) -> bool:
-        """It covers its weight as the weight is, so the resident tensor can stand for it."""
+    def _covers_weight(self) -> bool:
         layout = self.weight.layout
         return self.size() == layout.shape and self.stride() == layout.stride and not self.storage_offset()
 
@@ -149,8 +135,8 @@ class OffloadedTensor(torch.Tensor):
     # -- the parameter it stands for --------------------------------------------------------------------------------
 
     @property
-    def data(self) -> OffloadedTensor:  # type: ignore[override]
-        return OffloadedTensor(self.weight, self.size(), self.stride(), self.storage_offset())
+    def data(self) -> OffloadedTensor:
+        return OffloadedTensor(self.weight, self.size(), self.stride(), int(self.storage_offset()))
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
@@ -158,11 +144,11 @@ class OffloadedTensor(torch.Tensor):
             weight = self.weight
             values = OffloadedTensor(weight.residency.take_over(weight, values))
         torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
-        self.weight = values.weight
+        self.weight, self.is_whole = values.weight, values.is_whole
         self.pinned = None
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return False
 
     @requires_grad.setter
@@ -188,7 +174,7 @@ class OffloadedTensor(torch.Tensor):
 
     def attributes(self) -> dict[str, Any]:
         """What a copy has, too."""
-        hidden = ("weight", "pinned", "_is_param")
+        hidden = ("weight", "is_whole", "pinned", "_is_param")
         return {name: value for name, value in self.__dict__.items() if name not in hidden}
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -202,7 +188,7 @@ class OffloadedTensor(torch.Tensor):
             memo[id(old.residency)] = old.residency.copy()
         if id(old) not in memo:
             memo[id(old)] = Weight(old.name, old.source, memo[id(old.residency)], old.conversions)
-        clone = OffloadedTensor(memo[id(old)], self.size(), self.stride(), self.storage_offset())
+        clone = OffloadedTensor(memo[id(old)], self.size(), self.stride(), int(self.storage_offset()))
         if isinstance(self, nn.Parameter):
             clone = as_parameter(clone)
         clone.__dict__.update(copy.deepcopy(self.attributes(), memo))
@@ -214,7 +200,7 @@ class OffloadedTensor(torch.Tensor):
         values = self.to_parameter() if isinstance(self, nn.Parameter) else self.shared()
         return values.__reduce_ex__(protocol)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name, dtype, device = self.weight.name, self.dtype, self.device
         return f"OffloadedTensor({name!r}, size={tuple(self.shape)}, dtype={dtype}, device='{device}')"
 
@@ -225,6 +211,25 @@ def as_parameter(tensor: OffloadedTensor, *, trainable: bool = False) -> Offload
         parameter: OffloadedTensor = nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
     parameter.trainable = trainable
     return parameter
+
+
+@not_compiled
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if (rule := RULES.get(func)) is not None:
+        result = rule(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    facts = _facts(func)
+    if facts.is_view and isinstance(args[0], OffloadedTensor):
+        result = _view(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    if facts.writes:
+        written = tree_flatten(facts.written(args, kwargs))[0]
+        targets = [target for target in written if isinstance(target, OffloadedTensor)]
+        if targets:
+            return _run_writing(func, args, kwargs, targets)
+    return run_loaded(func, args, kwargs)
 
 
 def run_loaded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,7 +247,7 @@ def _values(offloaded: Sequence[OffloadedTensor], held: ExitStack) -> dict[int, 
     values: dict[int, torch.Tensor] = {}
     whole: list[OffloadedTensor] = []
     for tensor in offloaded:
-        start, span = tensor.storage_offset(), _span(tensor)
+        start, span = int(tensor.storage_offset()), _span(tensor)
         weight = tensor.weight
         if weight.tensor is None and weight.keeps_order and span < weight.layout.numel:
             run = weight.residency.load_runs(weight, [(start, start + span)])
@@ -274,7 +279,7 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     views = func(carrier, *args[1:], **kwargs)
 
     def wrap(view: torch.Tensor) -> OffloadedTensor:
-        return OffloadedTensor(source.weight, view.size(), view.stride(), view.storage_offset())
+        return OffloadedTensor(source.weight, view.size(), view.stride(), int(view.storage_offset()))
 
     if any(view.dtype != source.dtype or view.is_conj() or view.is_neg() for view in tree_flatten(views)[0]):
         return NotImplemented

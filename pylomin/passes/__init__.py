@@ -1,0 +1,1 @@
+"""Passes rewrite a model; one file each."""

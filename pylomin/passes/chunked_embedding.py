@@ -26,7 +26,7 @@ def chunked_embedding(
     """Look up large embeddings with at most ``chunk_size`` rows of the table in memory.
 
     A lookup reads the rows that are asked for, each once, in the order in which they lie. Outputs, module class and
-    state-dict names are unchanged. An embedding that is still in memory is offloaded first, with the weights tied to it.
+    state-dict names are unchanged. An embedding that is still in memory is offloaded first, with what is tied to it.
 
     Args:
         model: changed in place and returned.

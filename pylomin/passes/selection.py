@@ -64,7 +64,7 @@ def _checked(items: Iterable[object], argument: str, kind: type) -> list[Any]:
         )
     found = list(items)
     for item in found:
-        if not isinstance(item, kind) or (kind is type and not issubclass(item, nn.Module)):
+        if not isinstance(item, kind) or (isinstance(item, type) and not issubclass(item, nn.Module)):
             raise TypeError(
                 f"{argument} contains {item!r}; expected "
                 f"{'subclasses of torch.nn.Module' if kind is type else 'modules'} only."

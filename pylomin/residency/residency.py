@@ -68,7 +68,7 @@ class Hold:
         self.residency.release(self)
 
     def __del__(self) -> None:
-        if self.pinned:
+        if getattr(self, "pinned", None):  # interrupted before it was made
             self.residency.release(self)
 
 

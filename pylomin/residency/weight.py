@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import weakref
 from collections.abc import Callable
@@ -79,6 +80,8 @@ class Source:
 
 
 class State(enum.Enum):
+    """Of a weight; residency alone changes it."""
+
     OFFLOADED = "offloaded"
     LOADING = "loading"
     RESIDENT = "resident"
@@ -88,7 +91,7 @@ class ResidentParameter(nn.Parameter):
     """A weight while it is resident. Writes to it are noticed by its version, also those made through ``.data``."""
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         # torch's own `.data` has a version counter of its own; `detach()` shares ours.
         with torch.no_grad():
             return self.detach()
@@ -162,7 +165,7 @@ class Weight:
         steps = [self.source.layout.nbytes, *(step.nbytes for step in self.conversions)]
         if len(steps) == 1:
             return steps[0]
-        return max(before + after for before, after in zip(steps, steps[1:], strict=False))
+        return max(before + after for before, after in itertools.pairwise(steps))
 
     def convert(self, layout: Layout) -> Weight:
         """This weight as ``.to(...)`` would copy it; loaded from the same bytes."""

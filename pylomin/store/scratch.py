@@ -143,7 +143,7 @@ class OverlayStore:
         self._placed[name] = _Placed(info, slot)
 
     def discard(self, name: str) -> None:
-        """Forget ``name``; its bytes are reused when no read uses them any more. Unknown names are ignored."""
+        """Forget ``name``, which may be unknown; its bytes are reused when no read uses them."""
         self._placed.pop(name, None)
 
     def close(self) -> None:

@@ -114,9 +114,10 @@ class _Output:
             os.replace(self._path, target)
 
     def discard(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
         # The failure that led here matters more than one in clearing up after it.
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 

@@ -74,5 +74,6 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _difference(left: Tensor, right: Tensor) -> str:
     differs = (left != right) & ~(left.isnan() & right.isnan())
-    gap = (left.to(torch.complex128) - right.to(torch.complex128)).abs()
+    # Equal infinities have no gap.
+    gap = (left.to(torch.complex128) - right.to(torch.complex128)).abs().masked_fill(~differs, 0)
     return f"{int(differs.sum())} of {left.numel()} elements differ, by at most {gap.max():.3g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -79,6 +79,9 @@ def calibrate(model: nn.Module, inputs: Inputs) -> None:
     if norms:
         with torch.no_grad():
             model(**inputs)
+    for norm in norms:
+        # Few samples may hardly vary; dividing by that would blow up every rounding error.
+        cast(Tensor, norm.running_var).clamp_(min=0.1)
     # Some modules keep what they derived from a weight until they train again.
     model.train().eval()
 

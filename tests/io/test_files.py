@@ -118,9 +118,7 @@ class TestRead:
         assert read(WeightFile(path), 10, 64, 100) == [CONTENT[10:74], CONTENT[74:174]]
 
     def test_end_of_file(self, path):
-        message = (
-            rf"weight file '{path}' ends at byte 16384: expected 10 bytes at offset 16380, found 4"
-        )
+        message = rf"weight file '{path}' ends at byte 16384: expected 10 bytes at offset 16380, found 4"
         with pytest.raises(StoreReadError, match=message):
             read(WeightFile(path), 16380, 10)
 
@@ -383,9 +381,7 @@ class TestChanges:
 class TestPrefetchHint:
     def test_pieces(self, path, monkeypatch):
         calls = []
-        monkeypatch.setattr(
-            os, "posix_fadvise", lambda fd, *rest: calls.append(rest), raising=False
-        )
+        monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: calls.append(rest), raising=False)
         monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
         WeightFile(path).prefetch_hint(100, (1 << 18) + 1)
         assert calls == [

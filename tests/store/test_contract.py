@@ -49,10 +49,7 @@ class TestOwnFile(StoreContract):
 class TestShardedStore(StoreContract):
     def make_store(self, tensors: Tensors, directory: Path) -> ShardedStore:
         names = list(tensors)
-        shards = {
-            f"model-{i + 1}-of-3.safetensors": {name: tensors[name] for name in names[i::3]}
-            for i in range(3)
-        }
+        shards = {f"model-{i + 1}-of-3.safetensors": {name: tensors[name] for name in names[i::3]} for i in range(3)}
         return ShardedStore(write_shards(directory, shards))
 
 

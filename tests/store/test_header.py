@@ -68,9 +68,7 @@ class TestLength:
 
 
 class TestJson:
-    @pytest.mark.parametrize(
-        "text", [b"{,}", b"hello", b"{} {}", b'{"a": }', b"{'a': 1}", b"\xef\xbb\xbf{}", b"  "]
-    )
+    @pytest.mark.parametrize("text", [b"{,}", b"hello", b"{} {}", b'{"a": }', b"{'a': 1}", b"\xef\xbb\xbf{}", b"  "])
     def test_not_json(self, text):
         refuse(raw_file(text), "is not valid JSON")
 
@@ -130,9 +128,7 @@ class TestMetadata:
 
 class TestEntry:
     def test_valid(self):
-        raw = raw_file(
-            {"second": entry("F16", [2, 1], [3, 7]), "first": entry("U8", [3], [0, 3])}, b"1234567"
-        )
+        raw = raw_file({"second": entry("F16", [2, 1], [3, 7]), "first": entry("U8", [3], [0, 3])}, b"1234567")
         header = parse(raw)
         data_start = len(raw) - 7
         assert header.data_start == data_start
@@ -171,9 +167,7 @@ class TestEntry:
     def test_offsets_are_not_begin_and_end(self, offsets):
         refuse_entry(entry(offsets=offsets), r"expected \[begin, end\], begin <= end")
 
-    @pytest.mark.parametrize(
-        ("dtype", "shape"), [("U8", [3]), ("F32", [4]), ("U8", []), ("U8", [0])]
-    )
+    @pytest.mark.parametrize(("dtype", "shape"), [("U8", [3]), ("F32", [4]), ("U8", []), ("U8", [0])])
     def test_size_is_not_that_of_dtype_and_shape(self, dtype, shape):
         refuse_entry(entry(dtype, shape), r"data_offsets \[0, 4\] hold 4 bytes; expected \d+ for")
 
@@ -282,9 +276,7 @@ def test_every_dtype_has_one_name():
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 weights = st.lists(
     st.tuples(
-        st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
-            lambda name: name != "__metadata__"
-        ),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__"),
         st.sampled_from(sorted(STORED_DTYPES, key=str)),
         shapes,
     ).filter(lambda weight: STORED_DTYPES[weight[1]] != "F4" or weight[2] != ()),

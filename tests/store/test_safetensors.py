@@ -77,9 +77,7 @@ class TestCoalescing:
 
     def read(self, store: SafetensorsStore, names: list[str]) -> None:
         buffers = [bytearray(store.info(name).nbytes) for name in names]
-        store.read(
-            [ReadRequest(name, 0, memoryview(b)) for name, b in zip(names, buffers, strict=True)]
-        )
+        store.read([ReadRequest(name, 0, memoryview(b)) for name, b in zip(names, buffers, strict=True)])
         raw = Path(store.path).read_bytes()
         for name, buffer in zip(names, buffers, strict=True):
             extent = store.location(name).extent
@@ -140,12 +138,7 @@ class TestErrors:
             read_bytes(store, "a")
         buffers = [bytearray(store.info(name).nbytes) for name in ("a", "b")]
         with pytest.raises(StoreChangedError, match=r"could not read weight 'b', 'a': "):
-            store.read(
-                [
-                    ReadRequest(name, 0, memoryview(b))
-                    for name, b in zip(("a", "b"), buffers, strict=True)
-                ]
-            )
+            store.read([ReadRequest(name, 0, memoryview(b)) for name, b in zip(("a", "b"), buffers, strict=True)])
 
 
 class TestChangedFile:

@@ -123,9 +123,7 @@ class TestResult:
             made.append(weakref.ref(tensor))
             return tensor
 
-        write_safetensors(
-            target, [WeightToWrite(str(i), torch.float32, (1000,), make) for i in range(4)]
-        )
+        write_safetensors(target, [WeightToWrite(str(i), torch.float32, (1000,), make) for i in range(4)])
         assert len(made) == 4
 
 
@@ -168,9 +166,7 @@ class TestExistingTarget:
 class TestRefusals:
     def test_dtype(self, target):
         bad = WeightToWrite("layer.w", torch.complex128, (1,), lambda: torch.ones(1))
-        with pytest.raises(
-            StoreFormatError, match=r"weight 'layer\.w' has dtype torch\.complex128"
-        ):
+        with pytest.raises(StoreFormatError, match=r"weight 'layer\.w' has dtype torch\.complex128"):
             write_safetensors(target, [*failing(AssertionError("made a tensor")), bad])
         assert os.listdir(target.parent) == []
 
@@ -204,9 +200,7 @@ class TestRefusals:
 
 
 class TestFailures:
-    @pytest.mark.parametrize(
-        "error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(), StoreReadError("x")]
-    )
+    @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), SystemExit(), StoreReadError("x")])
     def test_a_tensor_cannot_be_made(self, target, error):
         before = open_descriptors()
         with pytest.raises(type(error)) as caught:
