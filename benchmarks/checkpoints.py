@@ -35,8 +35,7 @@ def random_checkpoint(model_fn: Callable[[], nn.Module], recipe: str, path: Path
 
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = [
-        WeightToWrite(name, tensor.dtype, tuple(tensor.shape), partial(make, name))
-        for name, tensor in template.items()
+        WeightToWrite(name, tensor.dtype, tuple(tensor.shape), partial(make, name)) for name, tensor in template.items()
     ]
     write_safetensors(path, weights, metadata=metadata, overwrite=True)
     return path

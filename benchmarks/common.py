@@ -28,9 +28,7 @@ def describe_machine() -> dict[str, Any]:
     """Hardware and versions that a result depends on. Does not import torch."""
     return {
         "processor": _processor_name(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -92,9 +90,7 @@ def run_worker(arguments: Sequence[str], *, timeout_s: float = 600) -> WorkerRun
                 if time.monotonic() > deadline:
                     process.kill()
     if process.returncode != 0:
-        raise WorkerError(
-            f"{shlex.join(arguments)} exited with {process.returncode}:\n{errors[-2000:]}"
-        )
+        raise WorkerError(f"{shlex.join(arguments)} exited with {process.returncode}:\n{errors[-2000:]}")
     return WorkerRun(json.loads(output.splitlines()[-1]), samples)
 
 
@@ -181,9 +177,7 @@ def read_rate(*paths: Path) -> float:
     return sum(path.stat().st_size for path in paths) / (time.perf_counter() - start)
 
 
-def write_result(
-    path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]
-) -> dict[str, Any]:
+def write_result(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``results`` with all that is needed to repeat them, as JSON; return the document."""
     document = {
         "command": shlex.join(["python", "-m", _main_module(), *sys.argv[1:]]),
@@ -194,9 +188,9 @@ def write_result(
     }
     text = json.dumps(document, indent=2)
     # Lists of numbers on one line each.
-    text = re.sub(
-        r"\[[\s\d.,eE+-]+\]", lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "["), text
-    ).replace(" ]", "]")
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda match: re.sub(r"\s+", " ", match[0]).replace("[ ", "["), text).replace(
+        " ]", "]"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     scratch.write_text(text + "\n")
@@ -205,6 +199,4 @@ def write_result(
 
 
 def _main_module() -> str:
-    return (
-        Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-    )
+    return Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")

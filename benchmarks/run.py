@@ -28,9 +28,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what there is")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
-        parser.error(
-            f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}"
-        )
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     if arguments.list:
         for name, (question, _) in BENCHMARKS.items():
             print(f"{name:20} {question}")

@@ -102,9 +102,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
         )
         return f"<!-- table: {name} -->\n{table}\n<!-- end of table -->"
 
-    return re.sub(
-        r"<!-- table: (?P<name>\w+) -->.*?<!-- end of table -->", replace, text, flags=re.DOTALL
-    )
+    return re.sub(r"<!-- table: (?P<name>\w+) -->.*?<!-- end of table -->", replace, text, flags=re.DOTALL)
 
 
 def fill_readme() -> None:

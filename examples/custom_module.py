@@ -28,7 +28,7 @@ class TinyLanguageModel(nn.Module):
 def main() -> None:
     """Run the model in memory, then with its weights on disk, and compare."""
     torch.manual_seed(0)
-    model = TinyLanguageModel()
+    model: nn.Module = TinyLanguageModel()
     tokens = torch.randint(20_000, (1, 16))
     with torch.no_grad():
         expected = model(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -49,15 +49,17 @@ class OffloadedTensor(torch.Tensor):
         offset: int = 0,
     ) -> OffloadedTensor:
         layout = weight.layout
-        tensor: OffloadedTensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            layout.shape if size is None else size,
-            strides=layout.stride if stride is None else stride,
-            storage_offset=offset,
-            dtype=layout.dtype,
-            device=layout.device,
-            requires_grad=False,
-        )
+        # Never an inference tensor: torch makes views of a parameter ordinary tensors in inference mode, too.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            tensor: OffloadedTensor = torch.Tensor._make_wrapper_subclass(
+                cls,
+                layout.shape if size is None else size,
+                strides=layout.stride if stride is None else stride,
+                storage_offset=offset,
+                dtype=layout.dtype,
+                device=layout.device,
+                requires_grad=False,
+            )
         tensor.weight = weight
         tensor.is_whole = tensor._covers_weight()
         tensor.trainable = False

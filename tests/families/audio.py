@@ -85,9 +85,7 @@ AUDIO = (
         "Wav2Vec2Model",
         WAV2VEC2 | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
     ),
-    audio(
-        "wav2vec2_conformer", "Wav2Vec2ConformerModel", WAV2VEC2 | {"conv_depthwise_kernel_size": 3}
-    ),
+    audio("wav2vec2_conformer", "Wav2Vec2ConformerModel", WAV2VEC2 | {"conv_depthwise_kernel_size": 3}),
     audio(
         "wav2vec2_bert",
         "Wav2Vec2BertModel",

@@ -34,9 +34,7 @@ DECODERS = (
     decoder("gptj", "GPTJForCausalLM", GPT2 | {"rotary_dim": 4}),
     decoder("codegen", "CodeGenForCausalLM", GPT2 | {"rotary_dim": 4}),
     decoder("gpt_neox", "GPTNeoXForCausalLM", LLAMA),
-    decoder(
-        "gpt_neox_japanese", "GPTNeoXJapaneseForCausalLM", LLAMA | {"intermediate_multiple_size": 2}
-    ),
+    decoder("gpt_neox_japanese", "GPTNeoXJapaneseForCausalLM", LLAMA | {"intermediate_multiple_size": 2}),
     decoder(
         "opt",
         "OPTForCausalLM",
@@ -73,9 +71,7 @@ DECODERS = (
     decoder("qwen2", "Qwen2ForCausalLM", LLAMA),
     decoder("qwen3", "Qwen3ForCausalLM", LLAMA),
     decoder("gemma", "GemmaForCausalLM", LLAMA),
-    decoder(
-        "gemma2", "Gemma2ForCausalLM", LLAMA | {"sliding_window": 4, "query_pre_attn_scalar": 8}
-    ),
+    decoder("gemma2", "Gemma2ForCausalLM", LLAMA | {"sliding_window": 4, "query_pre_attn_scalar": 8}),
     decoder(
         "gemma3",
         "Gemma3ForCausalLM",
@@ -108,9 +104,7 @@ DECODERS = (
     decoder("olmo3", "Olmo3ForCausalLM", LLAMA | {"sliding_window": 4}),
     decoder("cohere", "CohereForCausalLM", LLAMA | {"use_qk_norm": True}),
     decoder("cohere2", "Cohere2ForCausalLM", LLAMA | {"sliding_window": 4}),
-    decoder(
-        "stablelm", "StableLmForCausalLM", LLAMA | {"qk_layernorm": True, "use_qkv_bias": True}
-    ),
+    decoder("stablelm", "StableLmForCausalLM", LLAMA | {"qk_layernorm": True, "use_qkv_bias": True}),
     decoder("starcoder2", "Starcoder2ForCausalLM", LLAMA),
     decoder("granite", "GraniteForCausalLM", LLAMA),
     decoder("nemotron", "NemotronForCausalLM", LLAMA),
@@ -118,9 +112,7 @@ DECODERS = (
     decoder("glm", "GlmForCausalLM", LLAMA),
     decoder("glm4", "Glm4ForCausalLM", LLAMA),
     decoder("smollm3", "SmolLM3ForCausalLM", LLAMA),
-    decoder(
-        "exaone4", "Exaone4ForCausalLM", LLAMA | {"sliding_window": 4, "sliding_window_pattern": 2}
-    ),
+    decoder("exaone4", "Exaone4ForCausalLM", LLAMA | {"sliding_window": 4, "sliding_window_pattern": 2}),
     decoder("helium", "HeliumForCausalLM", LLAMA),
     decoder("ernie4_5", "Ernie4_5ForCausalLM", LLAMA | {"use_bias": True}),
     decoder("seed_oss", "SeedOssForCausalLM", LLAMA),

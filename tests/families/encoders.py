@@ -8,9 +8,7 @@ from .family import Config, Family, Inputs, family, first_token, floats, text, t
 from .sizes import BERT, LLAMA
 
 
-def encoder(
-    name: str, model_class: str, config: Config, inputs: Callable[[], Inputs] = text
-) -> Family:
+def encoder(name: str, model_class: str, config: Config, inputs: Callable[[], Inputs] = text) -> Family:
     return family("encoder", name, model_class, config, inputs)
 
 
@@ -144,9 +142,7 @@ ENCODERS = (
     encoder("squeezebert", "SqueezeBertModel", BERT | {"embedding_size": 32}),
     encoder("convbert", "ConvBertModel", BERT | {"embedding_size": 16, "conv_kernel_size": 3}),
     encoder("roformer", "RoFormerModel", BERT | {"embedding_size": 16}),
-    encoder(
-        "rembert", "RemBertModel", BERT | {"input_embedding_size": 16, "output_embedding_size": 24}
-    ),
+    encoder("rembert", "RemBertModel", BERT | {"input_embedding_size": 16, "output_embedding_size": 24}),
     encoder(
         "nystromformer",
         "NystromformerModel",
@@ -180,9 +176,7 @@ ENCODERS = (
         },
         _characters,
     ),
-    encoder(
-        "esm", "EsmForMaskedLM", BERT | {"mask_token_id": 4, "position_embedding_type": "rotary"}
-    ),
+    encoder("esm", "EsmForMaskedLM", BERT | {"mask_token_id": 4, "position_embedding_type": "rotary"}),
     encoder("dpr", "DPRQuestionEncoder", BERT | {"projection_dim": 12}),
     encoder("tapas", "TapasModel", BERT | {"type_vocab_sizes": [3, 4, 4, 2, 4, 10, 10]}),
     encoder("bert_generation", "BertGenerationEncoder", BERT),

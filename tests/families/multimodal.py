@@ -36,9 +36,7 @@ def multimodal(
     *,
     generates: bool = False,
 ) -> Family:
-    return family(
-        "multimodal", name, model_class, config, inputs or captioned_image, generates=generates
-    )
+    return family("multimodal", name, model_class, config, inputs or captioned_image, generates=generates)
 
 
 def captioned_image() -> Inputs:
@@ -89,8 +87,7 @@ MULTIMODAL = (
         "GroupViTModel",
         {
             "text_config": BERT,
-            "vision_config": VIT
-            | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
+            "vision_config": VIT | {"depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]},
             "projection_dim": 16,
             "projection_intermediate_dim": 20,
         },
@@ -226,8 +223,7 @@ MULTIMODAL = (
         "InternVLForConditionalGeneration",
         {
             "text_config": LLAMA | {"model_type": "qwen2"},
-            "vision_config": VIT
-            | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [8, 8]},
+            "vision_config": VIT | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [8, 8]},
             "image_token_id": IMAGE_TOKEN,
         },
         image_in_text(4),
@@ -297,9 +293,7 @@ MULTIMODAL = (
             "vision_end_token_id": 95,
         },
         lambda: {
-            "input_ids": torch.cat(
-                [torch.tensor([[96, 98, 98, 98, 98, 95]] * 2), token_ids(below=90)], dim=1
-            ),
+            "input_ids": torch.cat([torch.tensor([[96, 98, 98, 98, 98, 95]] * 2), token_ids(below=90)], dim=1),
             "pixel_values": floats(32, 96),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
             "mm_token_type_ids": torch.tensor([[0, 1, 1, 1, 1, 0] + [0] * 8] * 2),
@@ -436,9 +430,7 @@ MULTIMODAL = (
             },
         },
         lambda: {
-            "flattened_patches": torch.cat(
-                [torch.arange(1, 5).repeat(2, 2).reshape(2, 4, 2), floats(2, 4, 12)], dim=2
-            ),
+            "flattened_patches": torch.cat([torch.arange(1, 5).repeat(2, 2).reshape(2, 4, 2), floats(2, 4, 12)], dim=2),
             "decoder_input_ids": token_ids(2, 5),
         },
     ),
@@ -458,11 +450,7 @@ MULTIMODAL = (
             "vision_config": VIT,
             "latent_query_num": 3,
         },
-        lambda: (
-            text()
-            | pixels()()
-            | {"image_embeds_position_mask": torch.tensor([[0, 1, 1, 1, 0, 0, 0, 0]] * 2)}
-        ),
+        lambda: text() | pixels()() | {"image_embeds_position_mask": torch.tensor([[0, 1, 1, 1, 0, 0, 0, 0]] * 2)},
     ),
     multimodal(
         "florence2",
@@ -503,9 +491,6 @@ MULTIMODAL = (
             },
             "audio_token_index": IMAGE_TOKEN,
         },
-        lambda: (
-            image_in_text(5, images=mel(8, 20))()
-            | {"feature_attention_mask": torch.ones(2, 20, dtype=torch.long)}
-        ),
+        lambda: image_in_text(5, images=mel(8, 20))() | {"feature_attention_mask": torch.ones(2, 20, dtype=torch.long)},
     ),
 )

@@ -22,8 +22,7 @@ SEQ2SEQ = (
     seq2seq(
         "longt5",
         "LongT5ForConditionalGeneration",
-        T5
-        | {"local_radius": 3, "global_block_size": 4, "encoder_attention_type": "transient-global"},
+        T5 | {"local_radius": 3, "global_block_size": 4, "encoder_attention_type": "transient-global"},
     ),
     seq2seq("bart", "BartForConditionalGeneration", BART),
     seq2seq("mbart", "MBartForConditionalGeneration", BART),

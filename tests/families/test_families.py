@@ -158,9 +158,7 @@ def test_all_passes_keep_every_bit(family: Family) -> None:
     ],
     ids=["chunk-lazy-prefetch", "lazy-prefetch-chunk"],
 )
-def test_order_of_passes_is_free(
-    family: Family, passes: tuple[Callable[[nn.Module], nn.Module], ...]
-) -> None:
+def test_order_of_passes_is_free(family: Family, passes: tuple[Callable[[nn.Module], nn.Module], ...]) -> None:
     model = family.build()
     for apply in passes:
         model = apply(model)
@@ -201,16 +199,23 @@ def test_sampling_keeps_every_token(family: Family) -> None:
 @families("bert", "gpt2", "llama", "t5", "mixtral", "vit", "wav2vec2", "mamba")
 def test_tight_budget_is_kept(family: Family) -> None:
     model = family.build()
-    owned = [
-        sum(parameter.nbytes for parameter in module.parameters(recurse=False))
-        for module in model.modules()
-    ]
+    owned = [sum(parameter.nbytes for parameter in module.parameters(recurse=False)) for module in model.modules()]
     budget = 2 * max(owned)  # one in use, one on its way
     assert budget < sum(parameter.nbytes for parameter in model.parameters())
 
     model = pylomin.prefetch(pylomin.lazy_loading(model, memory_budget=budget))
     assert_forwards(model, family, times=3)
     assert 0 < pylomin.stats(model).peak_bytes <= budget
+
+
+@families("bert", "deberta", "gpt2", "mixtral", "mamba2", "vit", "wav2vec2", "clip")
+def test_inference_mode_keeps_every_bit(family: Family) -> None:
+    oracle = resident(family)
+    model = pylomin.lazy_loading(family.build())
+    for _ in range(2):
+        with torch.inference_mode():
+            expected, actual = oracle(**family.inputs()), model(**family.inputs())
+        assert_same(flatten(expected), flatten(actual))
 
 
 @families("bert", "gpt2", "llama", "t5", "mixtral")

@@ -42,9 +42,7 @@ RESNET_BACKBONE = RESNET | {
 }
 
 
-def vision(
-    name: str, model_class: str, config: Config, inputs: Callable[[], Inputs] | None = None
-) -> Family:
+def vision(name: str, model_class: str, config: Config, inputs: Callable[[], Inputs] | None = None) -> Family:
     return family("vision", name, model_class, config, inputs or pixels())
 
 
@@ -75,9 +73,7 @@ VISION = (
             "use_mask_token": True,
         },
     ),
-    vision(
-        "data2vec_vision", "Data2VecVisionModel", VIT | {"use_shared_relative_position_bias": True}
-    ),
+    vision("data2vec_vision", "Data2VecVisionModel", VIT | {"use_shared_relative_position_bias": True}),
     vision("swin", "SwinForImageClassification", SWIN),
     vision("swinv2", "Swinv2ForImageClassification", SWIN),
     vision(
