@@ -83,7 +83,11 @@ def _mebibytes(size_bytes: int) -> str:
 
 
 def _demo(result: Mapping[str, Any]) -> str:
-    return f"{demo_table(result)}\n\n{demo_caption(result)}"
+    pictures = (
+        "![Process memory over time, one line per variant](docs/results/demo-memory.png)\n"
+        "![Speed against peak process memory, one point per variant](docs/results/demo-speed.png)"
+    )
+    return f"{demo_table(result)}\n\n{demo_caption(result)}\n\n{pictures}"
 
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": _demo}

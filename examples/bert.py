@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.publish and arguments.size != "full":
+        parser.error("--publish is for --size full")
     deadline = time.perf_counter() + arguments.limit
     config, directory = SIZES[arguments.size], arguments.directory.resolve() / arguments.size
     if arguments.worker:

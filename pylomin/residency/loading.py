@@ -95,11 +95,15 @@ def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
     """Read and convert; one tensor for each piece, in the execution layout. Needs no lock."""
     try:
         tensors = _read(pieces, room.buffer)
-    except PylominError as error:
-        # Its frames view the buffer, and would keep it from being reused for as long as somebody keeps the error.
-        if error.__cause__ is not None:
-            error.__cause__ = error.__cause__.with_traceback(None)
-        raise error.with_traceback(None)  # noqa: B904
+    except BaseException as error:
+        # Whoever keeps the error keeps its frames, and they would keep the buffer.
+        room.buffer = None
+        room.conversions.clear()
+        if isinstance(error, PylominError):
+            if error.__cause__ is not None:
+                error.__cause__ = error.__cause__.with_traceback(None)
+            error = error.with_traceback(None)
+        raise error
     attach = iter(room.conversions)
     with torch.inference_mode(False), torch.no_grad():
         for i, piece in enumerate(pieces):

@@ -8,26 +8,23 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
-from pylomin.errors import BudgetError, PylominError
+from pylomin.errors import BudgetError
 from pylomin.io.buffers import BufferPool
 from pylomin.residency import loading
+from pylomin.residency.hold import Hold
 from pylomin.residency.limits import format_bytes
+from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher
 from pylomin.residency.stats import Stats
 from pylomin.residency.trace import Key, Trace
-from pylomin.residency.weight import Layout, ResidentParameter, Source, State, Weight, dense_layout
-from pylomin.store.base import InMemoryStore
-from pylomin.store.memory import MemoryStore
-from pylomin.store.scratch import OverlayStore, ScratchDirectory
+from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout
+from pylomin.store.scratch import ScratchDirectory
 
-SMALL_GROUP_BYTES = 256 << 10  # 256 KiB; reading so little inline is quicker than waking a thread for it
-LOOKAHEAD = 8  # groups, small ones included, among which the ones to prefetch are looked for
 RECHECK_S = 0.05  # views die without telling anyone, so who waits for memory looks again
 
 
@@ -39,37 +36,6 @@ class Loaded:
     nbytes: int
     kept: bool = False  # a resident: counted against the part of the budget outside the window
     used: bool = False
-
-
-class Hold:
-    """Keeps weights resident for the length of a ``with`` block.
-
-    It lets go also when it is merely dropped, because a KeyboardInterrupt can arrive between taking the weights and
-    entering the block.
-    """
-
-    __slots__ = ("claimed", "pinned", "residency", "thread_id", "weights")
-
-    def __init__(self, residency: Residency, weights: Sequence[Weight]) -> None:
-        self.residency = residency
-        self.weights = weights
-        self.pinned: list[Weight] = []
-        self.claimed: list[Weight] = []  # being loaded by this hold
-        self.thread_id = threading.get_ident()
-
-    def __enter__(self) -> None:
-        try:
-            self.residency.acquire(self)
-        except BaseException:
-            self.residency.release(self)
-            raise
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.residency.release(self)
-
-    def __del__(self) -> None:
-        if getattr(self, "pinned", None):  # interrupted before it was made
-            self.residency.release(self)
 
 
 class Residency:
@@ -84,12 +50,11 @@ class Residency:
         self.trace = Trace()
         self.scratch: ScratchDirectory | None = None
         self._stats = Stats()
-        self._overlay: OverlayStore | None = None
+        self._overlay = Overlay()
         self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
+        self._weights_seen = 0
         self._next_index = itertools.count()
         self._prefetcher: Prefetcher | None = None
-        self._depth = 0
-        self._in_flight = 0  # background loads
         self._idle: dict[Loaded, None] = {}  # resident and not held, oldest first
         self._kept_bytes = 0
         self._largest_bytes = 0  # of anything loaded together so far
@@ -115,16 +80,15 @@ class Residency:
     def set_depth(self, depth: int) -> None:
         """Read this many large groups ahead; 0 ends prefetching."""
         with self._changed:
-            self._depth = depth
-            prefetcher, self._prefetcher = self._prefetcher, Prefetcher() if depth else None
+            prefetcher, self._prefetcher = self._prefetcher, Prefetcher(depth) if depth else None
         if prefetcher is not None:
-            prefetcher.close()  # outside the lock, which the running task needs to finish
+            prefetcher.close()  # outside the lock, which the running read needs to finish
         with self._changed:
-            self._drop_unused(wanted=())
+            self.drop_unused(wanted=())
 
     @property
     def depth(self) -> int:
-        return self._depth
+        return self._prefetcher.depth if self._prefetcher is not None else 0
 
     def stats(self) -> Stats:
         """The counters now."""
@@ -140,12 +104,21 @@ class Residency:
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
         clone.scratch = self.scratch
-        clone.set_depth(self._depth)
+        clone.set_depth(self.depth)
         return clone
 
     def expect(self, nbytes: int) -> None:
         """A group of so many bytes will be loaded; the window must have room for it."""
         self._largest_bytes = max(self._largest_bytes, nbytes)
+
+    @property
+    def lock(self) -> threading.Condition:
+        """Guards every state; re-entrant. Never held during a read."""
+        return self._changed
+
+    def weights_of(self, key: Key) -> list[Weight]:
+        """The weights of a group that still exist."""
+        return [weight for weight in map(self._weights.get, key) if weight is not None]
 
     def register(self, weight: Weight) -> int:
         """The index by which this residency knows a new weight."""
@@ -181,7 +154,7 @@ class Residency:
             started = time.perf_counter()
             tensors = loading.load([loading.Piece(weight) for weight in hold.claimed], room)
             with self._changed:
-                self._loaded(hold.claimed, tensors)
+                self.load_finished(hold.claimed, tensors)
                 hold.claimed = []
                 self._stats.stall_s += time.perf_counter() - started
 
@@ -195,7 +168,7 @@ class Residency:
                         weight.loaded_version = tensor._version
                         self._redirect(weight, tensor)
             finally:
-                self._failed(hold.claimed)
+                self.load_failed(hold.claimed)
                 hold.claimed = []
                 self._unpin(hold)
 
@@ -234,7 +207,8 @@ class Residency:
         """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
         layout = dense_layout(values)
         with self._changed:
-            source = self._keep(weight, values, layout)
+            source = self._overlay.keep(weight, values, layout)
+            weight.writes += 1
         return Weight(weight.name, source, self, () if source.layout == layout else (layout,))
 
     # -- under the lock ---------------------------------------------------------------------------------------------
@@ -251,8 +225,7 @@ class Residency:
                 room = self._make_room([loading.Piece(weight) for weight in missing])
                 if all(weight.state is State.OFFLOADED for weight in missing):
                     hold.claimed = missing
-                    for weight in missing:
-                        weight.state = State.LOADING
+                    self.load_started(missing)
                     return room
             elif any(weight.state is State.LOADING for weight in hold.weights):
                 started = time.perf_counter()
@@ -270,9 +243,14 @@ class Residency:
         self._stats.hits += not missed
         self.trace.record(tuple(weight.index for weight in hold.weights))
         if self._prefetcher is not None:
-            self._prefetch(self._prefetcher)
+            self._prefetcher.schedule(self)
 
-    def _loaded(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> Loaded:
+    def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
+        self._stats.prefetched += in_background
+        for weight in weights:
+            weight.state = State.LOADING
+
+    def load_finished(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> None:
         loaded = Loaded(tuple(weight.index for weight in weights), sum(weight.peak_load_bytes for weight in weights))
         with torch.inference_mode(False):
             for weight, tensor in zip(weights, tensors, strict=True):
@@ -282,10 +260,11 @@ class Residency:
                 weight.state = State.RESIDENT
         self._stats.bytes_read += sum(weight.source.layout.nbytes for weight in weights)
         self._largest_bytes = max(self._largest_bytes, loaded.nbytes)
+        if all(weight.holds == 0 for weight in weights):
+            self._idle[loaded] = None
         self._changed.notify_all()
-        return loaded
 
-    def _failed(self, weights: Sequence[Weight]) -> None:
+    def load_failed(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
             if weight.state is State.LOADING:
                 weight.state = State.OFFLOADED
@@ -316,7 +295,8 @@ class Residency:
         """
         budget = self.memory_budget
         if not loaded.kept and budget is not None:
-            window_bytes = (1 + self._depth) * self._largest_bytes
+            self._forget_replaced()
+            window_bytes = (1 + self.depth) * self._largest_bytes
             if self._kept_bytes + loaded.nbytes + window_bytes <= budget:
                 loaded.kept = True
                 self._kept_bytes += loaded.nbytes
@@ -326,8 +306,7 @@ class Residency:
             self._drop(loaded)
 
     def _members(self, loaded: Loaded) -> list[Weight]:
-        found = (self._weights.get(index) for index in loaded.members)
-        return [weight for weight in found if weight is not None and weight.loaded is loaded]
+        return [weight for weight in self.weights_of(loaded.members) if weight.loaded is loaded]
 
     def _drop(self, loaded: Loaded) -> None:
         if loaded.kept:
@@ -337,6 +316,13 @@ class Residency:
         for weight in self._members(loaded):
             weight.state = State.OFFLOADED
             weight.tensor = weight.loaded = None
+
+    def _forget_replaced(self) -> None:
+        """Weights that users replaced are gone, and what they took of the budget is free."""
+        if len(self._weights) != self._weights_seen:
+            self._weights_seen = len(self._weights)
+            for loaded in [loaded for loaded in self._idle if not self._members(loaded)]:
+                self._drop(loaded)
 
     def _evict_one(self) -> bool:
         if not self._idle:
@@ -353,7 +339,8 @@ class Residency:
             if self._evict_one():
                 continue
             me = threading.get_ident()
-            if not self._in_flight and all(t in self._waiting or t == me for t in self._holders):
+            in_background = self._prefetcher is not None and self._prefetcher.in_flight
+            if not in_background and all(t in self._waiting or t == me for t in self._holders):
                 raise self._over_budget(pieces)
             started = time.perf_counter()
             self._waiting.add(me)
@@ -375,78 +362,22 @@ class Residency:
             f"traceback). Use memory_budget of at least {used_bytes + needed_bytes}, or run under torch.no_grad()."
         )
 
-    def _prefetch(self, prefetcher: Prefetcher) -> None:
-        wanted: dict[Key, list[Weight]] = {}
-        for key in self.trace.upcoming(LOOKAHEAD):
-            weights = [weight for weight in map(self._weights.get, key) if weight is not None]
-            if sum(weight.nbytes for weight in weights) >= SMALL_GROUP_BYTES:
-                wanted[key] = weights
-                if len(wanted) == self._depth:
-                    break
-        self._drop_unused(wanted)
-        for weights in wanted.values():
-            missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
-            if not missing:
-                continue
-            room = loading.try_reserve(self.pool, [loading.Piece(weight) for weight in missing])
-            if room is None:
-                return  # what is needed now comes first; this is read when it is used
-            for weight in missing:
-                weight.state = State.LOADING
-            self._in_flight += 1
-            self._stats.prefetched += 1
-            prefetcher.submit(partial(self._load_in_background, missing, room), partial(self._abandon, missing))
-
-    def _drop_unused(self, wanted: Collection[Key]) -> None:
+    def drop_unused(self, wanted: Collection[Key]) -> None:
         members = {index for key in wanted for index in key}
         for loaded in [loaded for loaded in self._idle if not loaded.used]:
             if members.isdisjoint(loaded.members):
                 self._drop(loaded)
-
-    def _load_in_background(self, weights: Sequence[Weight], room: loading.Room) -> None:
-        tensors, error = None, None
-        try:
-            tensors = loading.load([loading.Piece(weight) for weight in weights], room)
-        except (PylominError, OSError, RuntimeError, MemoryError) as raised:
-            error = raised
-        with self._changed:
-            self._in_flight -= 1
-            if tensors is None:
-                for weight in weights:
-                    weight.error = error
-                self._failed(weights)
-                return
-            loaded = self._loaded(weights, tensors)
-            if all(weight.holds == 0 for weight in weights):
-                self._idle[loaded] = None
-
-    def _abandon(self, weights: Sequence[Weight]) -> None:
-        with self._changed:
-            self._in_flight -= 1
-            self._failed(weights)
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def _redirect(self, weight: Weight, values: torch.Tensor) -> None:
         """From now on the weight's bytes are a copy of ``values`` that is this model's own."""
         layout = weight.layout
-        weight.source = self._keep(weight, values, layout)
+        weight.source = self._overlay.keep(weight, values, layout)
+        weight.writes += 1
         weight.conversions = () if weight.source.layout == layout else (layout,)
         weight.converted = {}
         weight.shared = None
-
-    def _keep(self, weight: Weight, values: torch.Tensor, layout: Layout) -> Source:
-        stored = replace(layout, device=torch.device("cpu"))
-        with torch.inference_mode(False), torch.no_grad():
-            flat = stored.empty().copy_(values).as_strided((layout.numel,), (1,))
-        weight.writes += 1
-        if isinstance(weight.source.store, InMemoryStore):
-            return Source(MemoryStore({weight.name: flat}), weight.name, stored)
-        if self._overlay is None:
-            self._overlay = OverlayStore(ScratchDirectory())
-        name = f"{weight.name}#{weight.index}.{weight.writes}"
-        self._overlay.write(name, flat)
-        return Source(self._overlay, name, stored, on_unused=partial(self._overlay.discard, name))
 
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
@@ -454,11 +385,10 @@ class Residency:
         self._changed = threading.Condition()
         self._waiting = set()
         self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
-        self._in_flight = 0
-        self._overlay = None  # the parent's; what is read from it stays readable, writes go to a new one
-        self._prefetcher = Prefetcher() if self._depth else None
+        self._overlay.reset_after_fork()
+        self._prefetcher = Prefetcher(self.depth) if self.depth else None
         self.pool.reset_after_fork()
-        self._failed(list(self._weights.values()))
+        self.load_failed(list(self._weights.values()))
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()

@@ -133,6 +133,8 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 def test_module(case: Case, training: bool) -> None:
     make, inputs = case
     check(make().train(training), *inputs())
@@ -284,7 +286,7 @@ def test_nested_containers() -> None:
 
 
 def test_adaptive_log_softmax() -> None:
-    model = nn.AdaptiveLogSoftmaxWithLoss(8, 20, cutoffs=[4, 10], head_bias=True)
+    model = nn.AdaptiveLogSoftmaxWithLoss(8, 20, cutoffs=[4, 10], div_value=2.0, head_bias=True)
     plain, lazy = twins(model)
     x, target = torch.randn(6, 8), torch.tensor([0, 3, 5, 9, 12, 19])
     compare(plain, lazy, x, target)

@@ -1,0 +1,41 @@
+"""Where writes to offloaded weights go: never to the user's file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from pylomin.residency.weight import Layout, Source, Weight
+from pylomin.store.base import InMemoryStore
+from pylomin.store.memory import MemoryStore
+from pylomin.store.scratch import OverlayStore, ScratchDirectory
+
+
+class Overlay:
+    """The new values of the weights of one residency that were written to; on disk, or in memory for those there."""
+
+    def __init__(self) -> None:
+        self._store: OverlayStore | None = None
+
+    def keep(self, weight: Weight, values: torch.Tensor, layout: Layout) -> Source:
+        """A copy of ``values``, as a source for ``weight``; ``layout`` is that of compute memory.
+
+        Raises:
+            ScratchError: no space; nothing changed.
+        """
+        stored = replace(layout, device=torch.device("cpu"))
+        with torch.inference_mode(False), torch.no_grad():
+            flat = stored.empty().copy_(values).as_strided((layout.numel,), (1,))
+        if isinstance(weight.source.store, InMemoryStore):
+            return Source(MemoryStore({weight.name: flat}), weight.name, stored)
+        if self._store is None:
+            self._store = OverlayStore(ScratchDirectory())
+        name = f"{weight.name}#{weight.index}.{weight.writes}"
+        self._store.write(name, flat)
+        return Source(self._store, name, stored, on_unused=partial(self._store.discard, name))
+
+    def reset_after_fork(self) -> None:
+        """The file is the parent's: what is read from it stays readable, new writes go to another."""
+        self._store = None
