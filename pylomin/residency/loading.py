@@ -35,10 +35,6 @@ class Piece:
     def stored_bytes(self) -> int:
         return self.layouts()[0].nbytes
 
-    @property
-    def in_memory(self) -> bool:
-        return isinstance(self.weight.source.store, InMemoryStore)
-
     def requests(self, destination: memoryview) -> list[ReadRequest]:
         source = self.weight.source
         if self.runs is None:
@@ -71,7 +67,7 @@ class Room:
 
 def needed_bytes(pieces: Sequence[Piece]) -> tuple[int, list[int]]:
     """Bytes of the one buffer that the pieces are read into, and of the tensor of each conversion."""
-    buffer = sum(aligned(piece.stored_bytes) for piece in pieces if not piece.in_memory)
+    buffer = sum(aligned(piece.stored_bytes) for piece in pieces if piece.weight.source.memory is None)
     return buffer, [step.nbytes for piece in pieces for step in piece.layouts()[1:]]
 
 
@@ -122,16 +118,16 @@ def _read(pieces: Sequence[Piece], buffer: ctypes.Array[ctypes.c_char] | None) -
     # Tensors that are born in inference mode cannot be saved for backward later.
     with torch.inference_mode(False):
         for piece in pieces:
-            store, layout = piece.weight.source.store, piece.layouts()[0]
-            if isinstance(store, InMemoryStore):
-                tensors.append(piece.stored_tensor(store))
+            source, layout = piece.weight.source, piece.layouts()[0]
+            if source.memory is not None:
+                tensors.append(piece.stored_tensor(source.memory))
                 continue
             if layout.nbytes == 0:
                 tensors.append(layout.empty())
                 continue
             assert buffer is not None
             destination = view[position : position + layout.nbytes]
-            requests.setdefault(id(store), (store, []))[1].extend(piece.requests(destination))
+            requests.setdefault(id(source.store), (source.store, []))[1].extend(piece.requests(destination))
             flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=position)
             tensors.append(flat.as_strided(layout.shape, layout.stride))
             position += aligned(layout.nbytes)

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from pylomin.residency.weight import Layout, Source, Weight
-from pylomin.store.base import InMemoryStore
 from pylomin.store.memory import MemoryStore
 from pylomin.store.scratch import OverlayStore, ScratchDirectory
 
@@ -28,7 +27,7 @@ class Overlay:
         stored = replace(layout, device=torch.device("cpu"))
         with torch.inference_mode(False), torch.no_grad():
             flat = stored.empty().copy_(values).as_strided((layout.numel,), (1,))
-        if isinstance(weight.source.store, InMemoryStore):
+        if weight.source.memory is not None:
             return Source(MemoryStore({weight.name: flat}), weight.name, stored)
         if self._store is None:
             self._store = OverlayStore(ScratchDirectory())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pylomin.store.base import WeightStore
+from pylomin.store.base import InMemoryStore, WeightStore
 
 if TYPE_CHECKING:
     from pylomin.residency.residency import Residency
@@ -63,7 +63,7 @@ def dense_layout(tensor: torch.Tensor) -> Layout:
 class Source:
     """Bytes in a store that never change while this object lives; shared by every weight that reads them."""
 
-    __slots__ = ("__weakref__", "layout", "name", "store")
+    __slots__ = ("__weakref__", "layout", "memory", "name", "store")
 
     def __init__(
         self,
@@ -73,6 +73,8 @@ class Source:
         on_unused: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
+        # The store again, if its weights are tensors in memory; asked once, for a protocol check takes 20 µs.
+        self.memory = store if isinstance(store, InMemoryStore) else None
         self.name = name
         self.layout = layout  # of the stored bytes, on the CPU
         if on_unused is not None:

@@ -75,7 +75,7 @@ USES: dict[str, Use] = {
     "cat": lambda w: torch.cat([w, w[:1]]),
     "block diag": lambda w: torch.block_diag(w, w),
     "dlpack": lambda w: torch.from_dlpack(w.detach()),
-    "to dlpack": lambda w: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(w.detach())),
+
     "clone": lambda w: w.clone(),
     "contiguous": lambda w: w.contiguous(),
     "transpose": lambda w: w.t().contiguous(),

@@ -75,7 +75,6 @@ STATE_SPACE = (
             "expert_layer_offset": 1,
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
         },
     ),
     state_space(
@@ -103,7 +102,6 @@ STATE_SPACE = (
             "mamba_d_state": 8,
             "mamba_dt_rank": 4,
             "n_mamba_heads": 2,
-            "use_mamba_kernels": False,
             "num_key_value_heads": 4,
             "attention_head_dim": 16,
         },
@@ -128,7 +126,6 @@ STATE_SPACE = (
             "use_shared_attention_adapter": True,
             "use_mem_rope": True,
             "max_position_embeddings": 64,
-            "use_mamba_kernels": False,
             **SPECIAL,
         },
     ),

@@ -208,7 +208,7 @@ def test_tight_budget_is_kept(family: Family) -> None:
     assert 0 < pylomin.stats(model).peak_bytes <= budget
 
 
-@families("bert", "deberta", "gpt2", "mixtral", "mamba2", "vit", "wav2vec2", "clip")
+@families("bert", "deberta", "gpt2", "mixtral", "mamba2", "vit", "wav2vec2", "clip", "siglip")
 def test_inference_mode_keeps_every_bit(family: Family) -> None:
     oracle = resident(family)
     model = pylomin.lazy_loading(family.build())
