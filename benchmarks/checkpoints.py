@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ def random_checkpoint(model_fn: Callable[[], nn.Module], recipe: str, path: Path
         WeightToWrite(name, tensor.dtype, tuple(tensor.shape), partial(make, name)) for name, tensor in template.items()
     ]
     write_safetensors(path, weights, metadata=metadata, overwrite=True)
+    os.sync()  # else the system writes it during the measurements
     return path
 
 
@@ -64,4 +66,5 @@ def accelerate_folder(checkpoint: Path, folder: Path) -> Path:
         for name in file.keys():  # noqa: SIM118 # the file cannot be iterated over
             offload_weight(file.get_tensor(name), name, str(folder), index)
     save_offload_index(index, str(folder))
+    os.sync()
     return folder

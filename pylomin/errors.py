@@ -45,6 +45,10 @@ class OffloadedWriteError(PylominError, RuntimeError):
     """A write to an offloaded weight could not take effect."""
 
 
+class TraceError(PylominError, RuntimeError):
+    """``torch.jit.trace`` met an operation on an offloaded weight that it cannot record."""
+
+
 class ScratchError(PylominError, OSError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
-from pylomin.lazy.compiling import not_compiled
+from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.weight import Weight
@@ -28,11 +28,15 @@ class LazyModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if type(value) is OffloadedTensor and value.weight.holds:
-            resident = value.weight.tensor
-            if resident is not None and value.is_whole:
-                return resident
-        return value
+        if type(value) is not OffloadedTensor or not value.is_whole or not value.weight.holds:
+            return value
+        weight = value.weight
+        if weight.tensor is None:
+            return value
+        # A trace would record the twin as a constant that requires grad, which it cannot.
+        if value.trainable and not torch.is_grad_enabled() and not is_tracing():
+            return weight.trainable_twin()
+        return weight.tensor
 
     def __copy__(self) -> nn.Module:
         return self._rebuilt(lambda state: state)
@@ -52,8 +56,11 @@ class LazyModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the module that it was, with its weights in memory."""
-        make, arguments, *rest = tuple(super().__reduce_ex__(protocol))
-        return (make, tuple(original_class(a) if a is type(self) else a for a in arguments), *rest)
+        return (_new, (original_class(type(self)),), self.__getstate__())
+
+
+def _new(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
 
 
 _classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
@@ -76,7 +83,11 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
         weights = weights_to_hold(self)
         if not weights:
             return run(self, *args, **kwargs)
-        with weights[0].residency.hold(weights):
+        hold = weights[0].residency.hold(weights)
+        if is_tracing():
+            with Untraced(hold):
+                return run(self, *args, **kwargs)
+        with hold:
             if not torch.is_grad_enabled():
                 return run(self, *args, **kwargs)
             with saving_pointers(weights):
@@ -112,14 +123,20 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module]:
 def holds_weights(module: nn.Module) -> bool:
     """Whether the weights of ``module`` should be resident for the length of its forward.
 
-    Not those of a module with children, whose forward takes as long as theirs; not tables, of which a lookup needs
-    some rows; not the packed weights of many experts (three dimensions, in a class that is not torch's), of which a
-    forward needs some. They load at the operation that uses them.
+    Not those of a module with children, whose forward takes as long as theirs, and not those of which a forward needs
+    some rows. They load at the operation that uses them.
     """
-    cls = type(module)
-    if module._modules or isinstance(module, (nn.Embedding, nn.EmbeddingBag, nn.ParameterList, nn.ParameterDict)):
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    if not own or module._modules or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         return False
-    own = [p for p in module._parameters.values() if p is not None]
-    if not cls.__module__.startswith("torch.nn.") and any(p.dim() >= 3 for p in own):
-        return False
-    return bool(own) and cls.forward is not nn.Module.forward
+    return type(module).forward is not nn.Module.forward and not any(loads_rows(module, p.dim()) for p in own)
+
+
+def loads_rows(module: nn.Module, dim: int) -> bool:
+    """Whether a forward of ``module`` needs rows of its weights of ``dim`` dimensions, rather than all.
+
+    So it is with tables, and with the packed weights of experts: three dimensions, in a class that is not torch's.
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    return dim >= 3 and not type(module).__module__.startswith("torch.nn.")

@@ -12,11 +12,11 @@ from torch import nn
 
 from pylomin.errors import BudgetError
 from pylomin.io.buffers import PAGE_BYTES, SMALL_BYTES, aligned
-from pylomin.lazy.module import holds_weights, lazy_class, original_class
+from pylomin.lazy.module import holds_weights, lazy_class, loads_rows, original_class
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.residency import Residency
-from pylomin.residency.weight import Layout, Source, Weight
+from pylomin.residency.weight import Layout, Source, Weight, dense_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,12 @@ def offload(
         Weight(tie.fqn, source, residency, _conversions(tie.parameter, source.layout, device, dtype))
         for tie, source in zip(ties, sources, strict=True)
     ]
-    owned = [(slot.module, footprint(w)) for tie, w in zip(ties, weights, strict=True) for slot in tie.slots]
-    residency.expect(check_budget(group_footprints(owned), residency.memory_budget))
+    owned = [
+        (slot.module, weight.name, weight.source.layout, weight.conversions)
+        for tie, weight in zip(ties, weights, strict=True)
+        for slot in tie.slots
+    ]
+    residency.expect(check_budget(footprints(owned), residency.memory_budget))
     modules: dict[nn.Module, None] = {}
     for tie, weight in zip(ties, weights, strict=True):
         replaced: dict[int, OffloadedTensor] = {}
@@ -135,11 +139,6 @@ def offloaded_slots(model: nn.Module) -> list[tuple[Slot, OffloadedTensor]]:
     return [(s, p) for s in slots_of(model) if isinstance(p := s.parameter, OffloadedTensor)]
 
 
-def offloaded_groups(model: nn.Module) -> list[list[Footprint]]:
-    """The groups of what is offloaded of ``model``."""
-    return group_footprints((slot.module, footprint(p.weight)) for slot, p in offloaded_slots(model))
-
-
 def residencies_of(model: nn.Module) -> list[Residency]:
     """One for most models; more where parts were offloaded separately."""
     return list({parameter.weight.residency: None for _, parameter in offloaded_slots(model)})
@@ -161,44 +160,47 @@ def residency_for(model: nn.Module, memory_budget: int | None = None) -> Residen
         residency.set_depth(_wanted_depth.pop(model, 0))
         return residency
     if memory_budget is not None:
-        check_budget(offloaded_groups(model), memory_budget)
+        check_budget(offloaded_footprints(model), memory_budget)
         existing[0].set_budget(memory_budget)
     return existing[0]
 
 
 class Footprint(NamedTuple):
-    """Memory that loading one weight takes."""
+    """Memory that a use of one weight takes."""
 
     name: str
     stored_bytes: int
     converted_bytes: int
 
 
-def footprint(weight: Weight) -> Footprint:
-    """Of a weight as it is stored now."""
-    converted_bytes = sum(step.nbytes for step in weight.conversions)
-    return Footprint(weight.name, weight.source.layout.nbytes, converted_bytes)
+Owned = tuple[nn.Module, str, Layout, tuple[Layout, ...]]  # module, fqn, stored layout, conversions
 
 
-def group_footprints(owned: Iterable[tuple[nn.Module, Footprint]]) -> list[list[Footprint]]:
-    """What is loaded together: the weights of a module that holds its own; others alone. Tables load by rows."""
-    groups: dict[object, list[Footprint]] = {}
-    for module, weight in owned:
-        if holds_weights(module):
-            groups.setdefault(module, []).append(weight)
-        elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            groups[object()] = [weight]
-    return list(groups.values())
+def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
+    """For each module, the weights that are in memory together when it is used; one row of what loads by rows."""
+    groups: dict[nn.Module, dict[str, Footprint]] = {}
+    for module, name, stored, conversions in owned:
+        rows = max(1, stored.shape[0]) if loads_rows(module, len(stored.shape)) else 1
+        converted_bytes = sum(step.nbytes for step in conversions)
+        groups.setdefault(module, {})[name] = Footprint(name, stored.nbytes // rows, converted_bytes // rows)
+    return [list(group.values()) for group in groups.values()]
 
 
-def planned_groups(ties: Iterable[Tie], device: torch.device | None) -> list[list[Footprint]]:
-    """The groups that offloading ``ties`` would make, stored as they are in memory now."""
-    owned: list[tuple[nn.Module, Footprint]] = []
+def offloaded_footprints(model: nn.Module) -> list[list[Footprint]]:
+    """Of what is offloaded of ``model`` already."""
+    return footprints(
+        (slot.module, p.weight.name, p.weight.source.layout, p.weight.conversions) for slot, p in offloaded_slots(model)
+    )
+
+
+def planned_footprints(ties: Iterable[Tie], device: torch.device | None) -> list[list[Footprint]]:
+    """Of ``ties``, if they are stored as they are in memory now."""
+    owned: list[Owned] = []
     for tie in ties:
-        nbytes = tie.parameter.nbytes
-        moved = device is not None and device.type != "cpu"
-        owned += [(slot.module, Footprint(tie.fqn, nbytes, nbytes * moved)) for slot in tie.slots]
-    return group_footprints(owned)
+        layout = dense_layout(tie.parameter)
+        conversions = () if device is None or device.type == "cpu" else (replace(layout, device=device),)
+        owned += [(slot.module, tie.fqn, layout, conversions) for slot in tie.slots]
+    return footprints(owned)
 
 
 def load_bytes(group: Sequence[Footprint]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pylomin.lazy.tensor import RULES, OffloadedTensor, aten
+from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
 from pylomin.residency.weight import Layout
 
 BATCH_BYTES = 4 << 20  # 4 MiB; rows of a lookup that are in memory at one time
@@ -148,6 +148,29 @@ def _embedding_renorm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return table if torch.equal(before, after) else NotImplemented
 
 
+def _bmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``matmul`` of a batch and a matrix folds the batch, or not, by ``requires_grad``, and rounds accordingly.
+
+    It asks also when gradients are off. It did not fold here; if the plain parameter would have made it, start over.
+    """
+    left, right = args
+    matrix = right if isinstance(right, OffloadedTensor) else left
+    if torch.is_grad_enabled() or not matrix.trainable or matrix.stride(0) != 0:
+        return NotImplemented
+    if isinstance(left, OffloadedTensor) and isinstance(right, OffloadedTensor):
+        return NotImplemented
+
+    def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(left, right.detach().requires_grad_())
+
+    def matmul_transposed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(left.detach().requires_grad_(), right)
+
+    if matrix is right:
+        return run_loaded(matmul, (left, right.select(0, 0)), {})
+    return run_loaded(matmul_transposed, (left.select(0, 0), right), {})
+
+
 def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``.to(dtype)``, ``.half()``, ``.to(device)``: an offloaded weight again, converted when it is loaded."""
     tensor = args[0]
@@ -189,6 +212,7 @@ RULES.update(
         aten._embedding_bag.default: _embedding_bag,
         aten._embedding_bag_forward_only.default: _embedding_bag,
         aten.embedding_renorm_.default: _embedding_renorm,
+        aten.bmm.default: _bmm,
         aten._to_copy.default: _to_copy,
         aten.is_pinned.default: _not_pinned,
         aten.empty_like.default: _shape_only,

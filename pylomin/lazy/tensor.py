@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pylomin.errors import OffloadedWriteError
-from pylomin.lazy.compiling import not_compiled
+from pylomin.errors import OffloadedWriteError, TraceError
+from pylomin.lazy.compiling import is_tracing, not_compiled
 from pylomin.lazy.storage import OffloadedStorage
 from pylomin.residency.weight import Weight
 
@@ -36,7 +36,7 @@ class OffloadedTensor(torch.Tensor):
 
     weight: Weight
     is_whole: bool  # it covers its weight as the weight is, so that the resident tensor can stand for it
-    trainable: bool  # the parameter that it stands for required grad
+    trainable: bool  # the parameter that it stands for, or is a view of, required grad
     pinned: torch.Tensor | None  # values that `data_ptr` gave an address of
     chunk_rows: int | None = None  # rows of a lookup to hold at one time; see `chunked_embedding`
 
@@ -59,7 +59,10 @@ class OffloadedTensor(torch.Tensor):
                 dtype=layout.dtype,
                 device=layout.device,
                 requires_grad=False,
+                storage_size=0,
             )
+            # C++ code that asks for the address of the data gets an error, not a null pointer.
+            torch._C._set_throw_on_mutable_data_ptr(tensor)
         tensor.weight = weight
         tensor.is_whole = tensor._covers_weight()
         tensor.trainable = False
@@ -72,6 +75,11 @@ class OffloadedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if is_tracing():
+            raise TraceError(
+                f"torch.jit.trace cannot follow {func} of an offloaded weight: it would record the result as a "
+                "constant. Trace the ordinary model: pylomin.restore(model), then trace, then lazy_loading again."
+            )
         return _dispatch(func, args, kwargs or {})
 
     # -- values -----------------------------------------------------------------------------------------------------
@@ -222,6 +230,8 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not NotImplemented:
             return result
     facts = _facts(func)
+    if facts.is_composite:  # in inference mode these arrive whole, and some of them are views only at times
+        return func.decompose(*args, **kwargs)
     if facts.is_view and isinstance(args[0], OffloadedTensor):
         result = _view(func, args, kwargs)
         if result is not NotImplemented:
@@ -234,7 +244,7 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return run_loaded(func, args, kwargs)
 
 
-def run_loaded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_loaded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func`` with the values of its offloaded arguments, which are resident just for that."""
     leaves, spec = tree_flatten((args, kwargs))
     offloaded = [leaf for leaf in leaves if isinstance(leaf, OffloadedTensor)]
@@ -281,7 +291,9 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     views = func(carrier, *args[1:], **kwargs)
 
     def wrap(view: torch.Tensor) -> OffloadedTensor:
-        return OffloadedTensor(source.weight, view.size(), view.stride(), int(view.storage_offset()))
+        wrapped = OffloadedTensor(source.weight, view.size(), view.stride(), int(view.storage_offset()))
+        wrapped.trainable = source.trainable
+        return wrapped
 
     if any(view.dtype != source.dtype or view.is_conj() or view.is_neg() for view in tree_flatten(views)[0]):
         return NotImplemented
@@ -330,6 +342,7 @@ class _Facts:
     """What an operator's schema says about aliasing."""
 
     is_view: bool
+    is_composite: bool
     writes: tuple[int | str, ...]  # positions, or names of keyword-only arguments
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -343,4 +356,5 @@ def _facts(func: Any) -> _Facts:
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             writes.append(argument.name if argument.kwarg_only else position)
-    return _Facts(func.is_view and not writes, tuple(writes))
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    return _Facts(func.is_view and not writes, is_composite, tuple(writes))

@@ -16,7 +16,7 @@ from pylomin.lazy.offload import (
     find_ties,
     offload,
     offloaded_slots,
-    planned_groups,
+    planned_footprints,
     residency_for,
     slots_of,
 )
@@ -86,7 +86,7 @@ def lazy_loading(
     for tie in ties:
         check_parameter(tie, has_weights=weights is not None)
 
-    check_budget(planned_groups(ties, execution_device), budget)
+    check_budget(planned_footprints(ties, execution_device), budget)
     residency = residency_for(model, budget)
     if weights is not None:
         store = open_store(weights)

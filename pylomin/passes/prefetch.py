@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pylomin.errors import PassError
-from pylomin.lazy.offload import check_budget, offloaded_groups, residencies_of, want_prefetch
+from pylomin.lazy.offload import check_budget, offloaded_footprints, residencies_of, want_prefetch
 from pylomin.passes.selection import check_model
 from pylomin.residency.limits import parse_bytes
 
@@ -41,7 +41,7 @@ def prefetch(model: nn.Module, *, depth: int | None = None, memory_budget: int |
         want_prefetch(model, depth)
     if memory_budget is not None:
         budget = parse_bytes(memory_budget)
-        check_budget(offloaded_groups(model), budget)
+        check_budget(offloaded_footprints(model), budget)
         for residency in residencies:
             residency.set_budget(budget)
     for residency in residencies:

@@ -315,7 +315,7 @@ class Residency:
         self._idle.pop(loaded, None)
         for weight in self._members(loaded):
             weight.state = State.OFFLOADED
-            weight.tensor = weight.loaded = None
+            weight.tensor = weight.twin = weight.loaded = None
 
     def _forget_replaced(self) -> None:
         """Weights that users replaced are gone, and what they took of the budget is free."""

@@ -122,6 +122,7 @@ class Weight:
         "source",
         "state",
         "tensor",
+        "twin",
         "writes",
     )
 
@@ -142,6 +143,7 @@ class Weight:
         self.state = State.OFFLOADED
         self.holds = 0  # forwards and operations that use it now
         self.tensor: ResidentParameter | None = None
+        self.twin: ResidentParameter | None = None  # the same memory; see `trainable_twin`
         self.loaded_version = 0
         self.loaded: Any = None  # residency's record of the load that brought it
         self.error: BaseException | None = None  # of a background load, for the next use to raise
@@ -177,6 +179,13 @@ class Weight:
             self.converted[layout] = Weight(self.name, self.source, self.residency, (*self.conversions, layout))
         return self.converted[layout]
 
-    def where(self) -> str:
-        """For error messages."""
-        return f"weight '{self.name}' ({self.source.store.describe(self.source.name)})"
+    def trainable_twin(self) -> ResidentParameter:
+        """The resident tensor as one that requires grad, for use while gradients are off.
+
+        torch.matmul chooses its kernel by ``requires_grad``, even then, and the kernels round differently.
+        """
+        assert self.tensor is not None
+        if self.twin is None:
+            with torch.inference_mode(False):
+                self.twin = ResidentParameter(self.tensor.detach(), requires_grad=True)
+        return self.twin

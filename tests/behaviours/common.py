@@ -20,14 +20,20 @@ Module = TypeVar("Module", bound=nn.Module)
 def twins(model: Module, **options: Any) -> tuple[Module, Module]:
     """A copy that stays in memory, and the model, offloaded.
 
-    The copy's parameters do not require grad, as offloaded ones do not: some kernels are chosen by that.
+    Parameters that are to be offloaded do not require grad, since offloaded ones cannot: torch chooses some kernels by that.
     """
-    plain = copy.deepcopy(model).requires_grad_(False)
-    return plain, pylomin.lazy_loading(model, **options)
+    skipped = {p for module in options.get("skip_modules", ()) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in skipped and parameter.is_leaf:
+            parameter.requires_grad_(False)
+    return copy.deepcopy(model), pylomin.lazy_loading(model, **options)
 
 
 def check(model: Module, *args: Any, seed: int = 0, **kwargs: Any) -> Module:
     """Offload ``model`` and compare two forwards without grad, then two with. Returns the offloaded model."""
+    trained, lazy_trained = copy.deepcopy(model), pylomin.lazy_loading(copy.deepcopy(model))
+    for _ in range(2):
+        assert_same(run(trained, *args, seed=seed, **kwargs), run(lazy_trained, *args, seed=seed, **kwargs), "trainable")
     plain, lazy = twins(model)
     assert all(isinstance(parameter, OffloadedTensor) for parameter in lazy.parameters())
     compare(plain, lazy, *args, seed=seed, **kwargs)
@@ -178,3 +184,10 @@ class Tied(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.head(torch.tanh(self.body(self.table(ids))))
         return logits
+
+
+class SizedLinears(nn.Sequential):
+    """Equal layers, one after the other."""
+
+    def __init__(self, layers: int, size: int) -> None:
+        super().__init__(*(nn.Linear(size, size) for _ in range(layers)))

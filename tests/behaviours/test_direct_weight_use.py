@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +35,7 @@ USES: dict[str, Use] = {
     "sum dim": lambda w: w.sum(0),
     "norm": lambda w: w.norm(),
     "linalg norm": lambda w: torch.linalg.vector_norm(w, dim=1),
-    "svd": lambda w: torch.linalg.svdvals(w),
+    "svd": lambda w: torch.linalg.svd(w),
     "max with index": lambda w: w.max(dim=1),
     "topk": lambda w: w.topk(2),
     "sort": lambda w: w.sort(dim=0),
@@ -207,6 +209,28 @@ def test_tensor_of_nested_scalars() -> None:
     assert_same(*(torch.tensor([[w[0, 0], w[1, 1]], [w[2, 2], 3.0]]) for w in (plain.weight, lazy.weight)))
 
 
+def test_singular_values_are_those_of_a_tensor_that_requires_grad() -> None:
+    # torch.linalg.svdvals computes singular vectors, too, for tensor subclasses as for tensors that require grad.
+    plain, lazy = twins(nn.Linear(6, 4))
+    expected = torch.linalg.svdvals(plain.weight.detach().requires_grad_()).detach()
+    assert_same(expected, torch.linalg.svdvals(lazy.weight))
+
+
+def test_access_to_the_address_from_c_raises_instead_of_crashing() -> None:
+    program = """
+import torch, pylomin
+weight = pylomin.lazy_loading(torch.nn.Linear(6, 4)).weight
+try:
+    values = torch.from_dlpack(torch.utils.dlpack.to_dlpack(weight.detach()))
+    print("right" if torch.equal(values, weight.materialize()) else "wrong")
+except RuntimeError as error:
+    print("raised", error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(("right", "raised"))
+
+
 def test_stack_of_all_parameters() -> None:
     plain, lazy = twins(nn.ModuleList(nn.Linear(4, 3) for _ in range(3)))
     assert_same(*(torch.stack([layer.weight for layer in m]) for m in (plain, lazy)))
@@ -221,11 +245,10 @@ def test_repr_shows_name_shape_and_no_values() -> None:
     assert pylomin.stats(lazy).bytes_read == 0
 
 
-def test_repr_of_model_is_that_of_the_plain_one() -> None:
-    plain, lazy = twins(nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4), nn.ParameterList([torch.ones(2)])))
-    assert "Lazy" not in repr(lazy[0])
-    assert repr(plain[0]) == repr(lazy[0])
-    assert repr(plain[1]) == repr(lazy[1])
+def test_repr_of_model_shows_what_is_lazy() -> None:
+    plain, lazy = twins(nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4), Mlp()))
+    assert repr(lazy).replace("Lazy", "") == repr(plain)
+    assert "LazyLinear(in_features=6" in repr(lazy)
 
 
 def test_metadata_reads_nothing() -> None:

@@ -96,9 +96,9 @@ def lock_of(residency: Residency) -> Any:
     return next(getattr(residency, name) for name in ("lock", "_lock", "_changed") if hasattr(residency, name))
 
 
-def settled(residency: Residency) -> bool:
+def settled(residency: Residency, patience_s: float = 5.0) -> bool:
     """No background read is under way."""
-    return ends(lambda: not any(weight.state is State.LOADING for weight in list(residency._weights.values())))
+    return ends(lambda: not any(weight.state is State.LOADING for weight in list(residency._weights.values())), patience_s)
 
 
 def assert_nothing_held(model: nn.Module, *, resident_bytes: int = 0) -> None:
@@ -121,7 +121,7 @@ def assert_lock_free(residency: Residency) -> None:
     free: list[bool] = []
 
     def try_it() -> None:
-        taken = lock.acquire(timeout=5)
+        taken = lock.acquire(timeout=1)
         free.append(taken)
         if taken:
             lock.release()

@@ -140,16 +140,12 @@ def test_weights_that_outlive_the_model_keep_working(scratch: Path) -> None:
 
 def test_values_that_outlive_the_model_stay_right() -> None:
     model = pylomin.lazy_loading(nn.Linear(300, 300), memory_budget="10MiB")
-    kept: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, arguments: object) -> None:
-        with only_residency(module).hold([module.weight.weight]):
-            kept.append(module.weight.weight.tensor.detach())
-
     expected = model.weight.detach().clone()
-    keep(model, None)
-    pool = only_residency(model).pool
-    del model
+    weight, residency = model.weight.weight, only_residency(model)
+    with residency.hold([weight]):
+        kept = [model.weight.detach()]
+    pool = residency.pool
+    del model, weight, residency
     gc.collect()
     other = pylomin.lazy_loading(nn.Linear(300, 300))
     forward(other, torch.ones(1, 300))
@@ -162,6 +158,7 @@ def test_values_that_outlive_the_model_stay_right() -> None:
 def test_deletion_while_a_background_read_runs() -> None:
     x, expected, model, store = faulty_stack(3)
     pylomin.prefetch(model)
+    forward(model, x)
     forward(model, x)
     gate = background_gate(store, "layers.1.weight")
     done: list[bool] = []

@@ -48,7 +48,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize(("depth", "layers_in_budget"), [(0, None), (1, None), (0, 2), (2, 3), (1, 10)])
-def test_a_thousand_forwards(depth: int, layers_in_budget: int | None) -> None:
+def test_hundreds_of_forwards(depth: int, layers_in_budget: int | None) -> None:
     x, expected, model = stack_pair(4)
     if depth:
         pylomin.prefetch(model, depth=depth)
@@ -64,13 +64,32 @@ def test_a_thousand_forwards(depth: int, layers_in_budget: int | None) -> None:
         output = forward(model, x)
     assert torch.equal(output, expected)
     assert settled(residency)
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors
     assert threading.active_count() == threads
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
     assert len(residency.trace._after) == known_order
     assert residency.pool.live_bytes + residency.pool.free_bytes <= pool_bytes + group_bytes(model) * depth
     assert len(residency.pool._returned) <= 8
     assert_nothing_held(model, resident_bytes=(layers_in_budget or depth) * group_bytes(model))
+
+
+def test_a_thousand_forwards_alternating_between_settings() -> None:
+    x, expected, model = stack_pair(2)
+    residency, layer_bytes = only_residency(model), group_bytes(model)
+    for round_ in range(1000):
+        if round_ % 20 == 0:
+            residency.set_depth(round_ // 20 % 3)
+            residency.set_budget((None, layer_bytes, 2 * layer_bytes, 9 * layer_bytes)[round_ // 20 % 4])
+        output = forward(model, x)
+        if round_ == 300:
+            assert settled(residency)
+            descriptors, memory, threads = open_descriptors(), resident_set_bytes(), threading.active_count()
+    assert torch.equal(output, expected)
+    residency.set_depth(0)
+    assert open_descriptors() <= descriptors
+    assert threading.active_count() <= threads
+    assert resident_set_bytes() - memory < TOLERANCE_BYTES
+    assert_nothing_held(model, resident_bytes=9 * layer_bytes)
 
 
 def test_a_thousand_forwards_of_every_kind_of_module() -> None:
@@ -86,7 +105,7 @@ def test_a_thousand_forwards_of_every_kind_of_module() -> None:
             descriptors, memory = open_descriptors(), resident_set_bytes()
             known_order = len(residency.trace._after)
     assert torch.equal(output, expected)
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
     assert len(residency.trace._after) == known_order
     assert torch.equal(model.count.detach().clone(), torch.full((3,), 1001.0))
@@ -110,7 +129,7 @@ def test_a_thousand_forwards_with_gradients() -> None:
         model(point).sum().backward()
         if round_ == 50:
             descriptors, memory = open_descriptors(), resident_set_bytes()
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
     assert_nothing_held(model)
 
@@ -135,7 +154,7 @@ def test_models_made_and_deleted(scratch: Path) -> None:
         del model
         if round_ == 10:
             descriptors, memory = open_descriptors(), resident_set_bytes()
-    assert abs(open_descriptors() - descriptors) <= 1
+    assert open_descriptors() <= descriptors + 1
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
     assert len(list(scratch.iterdir())) <= 1
     assert len(residency_module._all) <= 2
@@ -151,7 +170,7 @@ def test_copies_made_and_deleted(scratch: Path) -> None:
         del twin
         if round_ == 10:
             descriptors, memory = open_descriptors(), resident_set_bytes()
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
     assert len(list(scratch.iterdir())) == 1
 

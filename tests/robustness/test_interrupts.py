@@ -1,0 +1,244 @@
+"""KeyboardInterrupt at any moment of a forward: nothing stays held, and the next forward is right."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import pylomin
+
+from .common import (
+    Stack,
+    assert_lock_free,
+    assert_nothing_held,
+    faulty_stack,
+    forward,
+    group_bytes,
+    inputs,
+    only_residency,
+    run_in_thread,
+    run_script,
+    stack_pair,
+)
+from .interrupting import InterruptAt, moments
+
+SAMPLES = 250  # of the moments of a forward
+
+
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An interrupt in a finalizer cannot be raised; Python reports it and goes on.
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+
+def _model(depth: int, layers_in_budget: float | None) -> tuple[torch.Tensor, torch.Tensor, Stack]:
+    x, expected, model = stack_pair(3)
+    if depth:
+        pylomin.prefetch(model, depth=depth)
+    if layers_in_budget is not None:
+        only_residency(model).set_budget(int(layers_in_budget * group_bytes(model)))
+    forward(model, x)
+    forward(model, x)
+    return x, expected, model
+
+
+def _faults_after_interrupts(make: Callable[[], tuple[torch.Tensor, torch.Tensor, Stack]], samples: int) -> list[str]:
+    x, expected, model = make()
+    total = moments(model, x)
+    chosen = range(1, total + 1, max(1, total // samples))
+    faults: list[str] = []
+    for n in chosen:
+        with InterruptAt(n) as interrupt, torch.no_grad():
+            model(x)
+        try:
+            residency = only_residency(model)
+            assert_lock_free(residency)
+            resident_bytes = 0 if residency.memory_budget is None else residency.memory_budget
+            assert_nothing_held(model, resident_bytes=max(resident_bytes, residency.depth * group_bytes(model)))
+            assert torch.equal(run_in_thread(lambda: forward(model, x), patience_s=5), expected)
+            assert torch.equal(run_in_thread(lambda: forward(model, x), patience_s=5), expected)
+            residency.set_depth(residency.depth)
+            if residency.memory_budget is not None:
+                residency.set_budget(residency.memory_budget)
+            _assert_ledger_is_true(model)
+        except Exception as error:
+            faults.append(f"{interrupt.where} ({n} of {total}): {str(error).splitlines()[0]}")
+            if len(faults) == 5:
+                break
+            x, expected, model = make()
+    return faults
+
+
+def _assert_ledger_is_true(model: torch.nn.Module) -> None:
+    """With everything evicted, the pool counts nothing."""
+    residency = only_residency(model)
+    budget, depth = residency.memory_budget, residency.depth
+    residency.set_depth(0)
+    residency.set_budget(1)
+    assert residency.pool.in_use_bytes() == 0, "the ledger counts bytes that nobody uses"
+    residency.pool.trim()
+    assert residency.pool.free_bytes == 0, "the ledger counts free bytes that do not exist"
+    assert residency._kept_bytes == 0, "bytes of residents that are gone"
+    residency.set_budget(budget)
+    residency.set_depth(depth)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers_in_budget"), [(0, None), (1, None), (0, 1), (0, 2.2), (1, 2), (1, 3.3), (2, 4.5)]
+)
+def test_at_any_moment(monkeypatch: pytest.MonkeyPatch, depth: int, layers_in_budget: float | None) -> None:
+    _quiet(monkeypatch)
+    assert _faults_after_interrupts(lambda: _model(depth, layers_in_budget), SAMPLES) == []
+
+
+def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight has the old value or the new one."""
+    _quiet(monkeypatch)
+    x, _, model = stack_pair(1)
+    bias = model.layers[0].bias
+    with InterruptAt(None) as count, torch.no_grad():
+        bias.fill_(1.0)
+    for n in range(1, count.count + 1, max(1, count.count // SAMPLES)):
+        with InterruptAt(n) as interrupt, torch.no_grad():
+            bias.fill_(float(n))
+        assert_nothing_held(model)
+        value = bias.detach().clone()
+        assert torch.equal(value, torch.full_like(value, float(value[0]))), interrupt.where
+        assert value[0] in (float(n), before if n > 1 else 1.0), interrupt.where
+        before = float(value[0])
+        forward(model, x)
+    assert_nothing_held(model)
+
+
+def test_at_random_moments_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that another thread sends arrives between any two instructions, as a signal does."""
+    _quiet(monkeypatch)
+    x, expected, model = _model(1, 3.3)
+    chance = random.Random(0)
+    stopped = 0
+    for _ in range(300):
+        running = threading.Event()
+
+        def use(running: threading.Event = running) -> bool:
+            try:
+                with torch.no_grad():
+                    running.set()
+                    for _ in range(50):
+                        model(x)
+            except KeyboardInterrupt:
+                return True
+            return False
+
+        outcome: list[bool] = []
+        thread = threading.Thread(target=lambda use=use, outcome=outcome: outcome.append(use()), daemon=True)
+        thread.start()
+        assert running.wait(30)
+        for _ in range(chance.randrange(2000)):
+            pass
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+        )
+        thread.join(30)
+        assert not thread.is_alive()
+        stopped += outcome == [True]
+    assert stopped > 100
+    residency = only_residency(model)
+    assert_nothing_held(model, resident_bytes=residency.memory_budget or 0)
+    assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+    _assert_ledger_is_true(model)
+
+
+def test_signals_at_random_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    _quiet(monkeypatch)
+    x, expected, model = _model(1, None)
+    chance = random.Random(1)
+    interrupted = 0
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 5e-3))
+                with torch.no_grad():
+                    for _ in range(20):
+                        model(x)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 200
+    assert_nothing_held(model, resident_bytes=group_bytes(model))
+    assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+    _assert_ledger_is_true(model)
+
+
+def test_while_a_forward_waits_for_a_background_read() -> None:
+    """The wait can be interrupted; the read goes on, and its result is used."""
+    x, expected, model, store = faulty_stack(3)
+    pylomin.prefetch(model)
+    forward(model, x)
+    forward(model, x)
+    residency = only_residency(model)
+    interrupted = threading.Event()
+    main = threading.main_thread().ident or 0
+
+    def before_read(names: list[str]) -> None:
+        if "layers.1.weight" in names and not interrupted.is_set():
+            if threading.get_ident() == main:
+                return
+            signal.pthread_kill(main, signal.SIGINT)
+            assert interrupted.wait(30)
+
+    store.before_read = before_read
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        for _ in range(10_000):
+            model(x)
+    assert residency is only_residency(model)
+    interrupted.set()
+    store.before_read = lambda names: None
+    assert_nothing_held(model, resident_bytes=2 * group_bytes(model))
+    assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+
+
+def test_ctrl_c_ends_the_process() -> None:
+    script = """
+    import os, signal, sys, threading, torch, pylomin
+    from torch import nn
+    model = nn.Sequential(*[nn.Linear(264, 264) for _ in range(4)])
+    pylomin.prefetch(pylomin.lazy_loading(model, memory_budget="2MiB"))
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with torch.no_grad():
+        while True:
+            model(torch.ones(1, 264))
+    """
+    done = run_script(script)
+    assert done.returncode in (-signal.SIGINT, 130)
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_interrupted_inputs_do_not_matter() -> None:
+    """An interrupt inside a module's own code, while it holds its weights."""
+
+    class Interrupted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out = super().forward(x)
+            if x[0, 0] > 0:
+                raise KeyboardInterrupt
+            return out
+
+    model = pylomin.lazy_loading(Interrupted(264, 264))
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 264))
+    assert_nothing_held(model)
+    assert forward(model, -inputs().abs()).shape == (2, 264)
