@@ -49,12 +49,13 @@ class _Block:
     capacity_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Return:
     """What a finalizer puts back; ``block`` is None for memory that the pool only counts."""
 
     block: _Block | None
     capacity_bytes: int
+    counted: bool = False  # in the ledger; an interrupt may come between taking and counting
 
 
 class BufferPool:
@@ -67,8 +68,8 @@ class BufferPool:
     def __init__(self, limit_bytes: int | None = None) -> None:
         self.limit_bytes = limit_bytes
         self.live_bytes = 0
-        self.free_bytes = 0
         self.peak_bytes = 0
+        self._recent_peak_bytes = 0  # fades, so that one large load does not keep its memory for good
         self._free: list[_Block] = []  # oldest first
         # Finalizers run in any thread at any moment, also inside our own critical sections: they only append here.
         self._returned: deque[_Return] = deque()
@@ -121,25 +122,29 @@ class BufferPool:
         """In a forked child: a thread that held the lock does not exist here."""
         self._lock = threading.Lock()
 
+    @property
+    def free_bytes(self) -> int:
+        return sum(block.capacity_bytes for block in self._free)
+
     def _count(self, owner: object, returns: _Return, nbytes: int) -> None:
-        self.live_bytes += returns.capacity_bytes
+        weakref.finalize(owner, _give_back, self._returned, returns, nbytes).atexit = False
+        self.live_bytes, returns.counted = self.live_bytes + returns.capacity_bytes, True
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._recent_peak_bytes = max(self.live_bytes, self._recent_peak_bytes - self._recent_peak_bytes // 64)
         if self.limit_bytes is not None:
             assert self.live_bytes + self.free_bytes <= self.limit_bytes, "ledger exceeds the budget"
-        finalizer = weakref.finalize(owner, _give_back, self._returned, returns, nbytes)
-        finalizer.atexit = False
         _notify(nbytes)
 
     def _collect(self) -> None:
         while self._returned:
             returned = self._returned.popleft()
-            self.live_bytes -= returned.capacity_bytes
+            if returned.counted:
+                self.live_bytes, returned.counted = self.live_bytes - returned.capacity_bytes, False
             if returned.block is not None and returned.capacity_bytes >= SMALL_BYTES:
                 self._free.append(returned.block)
-                self.free_bytes += returned.capacity_bytes
         if self.limit_bytes is None:
-            # Enough for every size that one round of layers needs; bounded by what was in use at one time.
-            self._drop_free(2 * self.peak_bytes)
+            # Enough for every size that a round of layers needs; bounded by what is in use at one time.
+            self._drop_free(2 * self._recent_peak_bytes)
 
     def _reuse(self, nbytes: int) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.
@@ -149,7 +154,6 @@ class BufferPool:
             return None
         block = min(fitting, key=lambda b: b.capacity_bytes)
         self._free.remove(block)
-        self.free_bytes -= block.capacity_bytes
         return block
 
     def _allocate(self, nbytes: int) -> _Block | None:
@@ -170,13 +174,14 @@ class BufferPool:
         return self.live_bytes + self.free_bytes + nbytes <= self.limit_bytes
 
     def _drop_free(self, keep_bytes: int) -> None:
-        while self.free_bytes > keep_bytes:
-            self.free_bytes -= self._free.pop(0).capacity_bytes
+        while self._free and self.free_bytes > keep_bytes:
+            del self._free[0]
 
 
 def _give_back(returned: deque[_Return], what: _Return, nbytes: int) -> None:
     returned.append(what)
-    _notify(-nbytes)
+    if what.counted:
+        _notify(-nbytes)
 
 
 class _Reservation:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from pylomin.errors import PylominError
 from pylomin.io.buffers import BufferPool, aligned
-from pylomin.residency.weight import Layout, Weight
+from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 
 Attach = Callable[[torch.Tensor], None]
@@ -18,14 +18,22 @@ Attach = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A weight, or runs of its elements, counted as they lie in memory and packed one after the other."""
+    """A weight as it is stored now, or runs of its elements, packed one after the other.
 
-    weight: Weight
-    runs: tuple[tuple[int, int], ...] | None = None  # (first, last exclusive)
+    Made under the lock of the residency: afterwards the weight may be written to, and this still is what it was.
+    """
+
+    source: Source
+    conversions: tuple[Layout, ...]
+    runs: tuple[tuple[int, int], ...] | None = None  # (first, last exclusive), counted as elements lie in memory
+
+    @staticmethod
+    def of(weight: Weight, runs: Iterable[tuple[int, int]] | None = None) -> Piece:
+        return Piece(weight.source, weight.conversions, None if runs is None else tuple(runs))
 
     def layouts(self) -> list[Layout]:
         """The stored tensor's, then one for each conversion."""
-        steps = [self.weight.source.layout, *self.weight.conversions]
+        steps = [self.source.layout, *self.conversions]
         if self.runs is None:
             return steps
         shape = (sum(stop - start for start, stop in self.runs),)
@@ -36,21 +44,20 @@ class Piece:
         return self.layouts()[0].nbytes
 
     def requests(self, destination: memoryview) -> list[ReadRequest]:
-        source = self.weight.source
+        name, itemsize = self.source.name, self.source.layout.dtype.itemsize
         if self.runs is None:
-            return [ReadRequest(source.name, 0, destination)]
-        itemsize = source.layout.dtype.itemsize
+            return [ReadRequest(name, 0, destination)]
         requests, position = [], 0
         for start, stop in self.runs:
             end = position + (stop - start) * itemsize
-            requests.append(ReadRequest(source.name, start * itemsize, destination[position:end]))
+            requests.append(ReadRequest(name, start * itemsize, destination[position:end]))
             position = end
         return requests
 
     def stored_tensor(self, store: InMemoryStore) -> torch.Tensor:
         """The values where the store has them in memory; no copy but of more than one run."""
-        layout = self.weight.source.layout
-        stored = store.tensor(self.weight.source.name).detach()
+        layout = self.source.layout
+        stored = store.tensor(self.source.name).detach()
         if self.runs is None:
             return stored.as_strided(layout.shape, layout.stride)
         runs = [stored.as_strided((b - a,), (1,), stored.storage_offset() + a) for a, b in self.runs]
@@ -67,7 +74,7 @@ class Room:
 
 def needed_bytes(pieces: Sequence[Piece]) -> tuple[int, list[int]]:
     """Bytes of the one buffer that the pieces are read into, and of the tensor of each conversion."""
-    buffer = sum(aligned(piece.stored_bytes) for piece in pieces if piece.weight.source.memory is None)
+    buffer = sum(aligned(piece.stored_bytes) for piece in pieces if piece.source.memory is None)
     return buffer, [step.nbytes for piece in pieces for step in piece.layouts()[1:]]
 
 
@@ -92,14 +99,9 @@ def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
     try:
         tensors = _read(pieces, room.buffer)
     except BaseException as error:
-        # Whoever keeps the error keeps its frames, and they would keep the buffer.
         room.buffer = None
         room.conversions.clear()
-        if isinstance(error, PylominError):
-            if error.__cause__ is not None:
-                error.__cause__ = error.__cause__.with_traceback(None)
-            error = error.with_traceback(None)
-        raise error
+        raise _without_frames(error)  # noqa: B904
     attach = iter(room.conversions)
     with torch.inference_mode(False), torch.no_grad():
         for i, piece in enumerate(pieces):
@@ -110,6 +112,15 @@ def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
     return tensors
 
 
+def _without_frames(error: BaseException) -> BaseException:
+    """Whoever keeps an error keeps its frames, and these have the buffer. Our own texts say what frames would."""
+    if isinstance(error, PylominError):
+        cause: BaseException | None = error
+        while cause is not None:
+            cause = cause.with_traceback(None).__cause__ or cause.__context__
+    return error
+
+
 def _read(pieces: Sequence[Piece], buffer: ctypes.Array[ctypes.c_char] | None) -> list[torch.Tensor]:
     view = memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
     requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
@@ -118,7 +129,7 @@ def _read(pieces: Sequence[Piece], buffer: ctypes.Array[ctypes.c_char] | None) -
     # Tensors that are born in inference mode cannot be saved for backward later.
     with torch.inference_mode(False):
         for piece in pieces:
-            source, layout = piece.weight.source, piece.layouts()[0]
+            source, layout = piece.source, piece.layouts()[0]
             if source.memory is not None:
                 tensors.append(piece.stored_tensor(source.memory))
                 continue

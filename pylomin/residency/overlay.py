@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from pylomin.errors import ScratchError
 from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.memory import MemoryStore
 from pylomin.store.scratch import OverlayStore, ScratchDirectory
@@ -32,7 +33,10 @@ class Overlay:
         if self._store is None:
             self._store = OverlayStore(ScratchDirectory())
         name = f"{weight.name}#{weight.index}.{weight.writes}"
-        self._store.write(name, flat)
+        try:
+            self._store.write(name, flat)
+        except ScratchError as error:
+            raise ScratchError(f"new values of weight '{weight.name}' could not be kept: {error}") from error
         return Source(self._store, name, stored, on_unused=partial(self._store.discard, name))
 
     def reset_after_fork(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,12 @@ class Prefetcher:
 
     def __init__(self, depth: int) -> None:
         self.depth = depth  # large groups to read ahead
-        self.in_flight = 0
+        self._jobs: set[_Job] = set()  # submitted, and neither finished nor abandoned
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pylomin-prefetch")
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._jobs)
 
     def close(self) -> None:
         """Let the running read finish, abandon the others, end the thread. Not under the residency's lock."""
@@ -45,12 +50,21 @@ class Prefetcher:
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
                 continue
-            room = loading.try_reserve(residency.pool, [loading.Piece(weight) for weight in missing])
+            pieces = [loading.Piece.of(weight) for weight in missing]
+            room = loading.try_reserve(residency.pool, pieces)
             if room is None:
                 return
-            residency.load_started(missing, in_background=True)
-            self.in_flight += 1
-            self._submit(residency, missing, room)
+            job = _Job(residency, missing, pieces, room)
+            self._jobs.add(job)
+            try:
+                residency.load_started(missing, in_background=True)
+                future = self._executor.submit(self._read, job)
+                future.add_done_callback(partial(self._if_cancelled, job))
+            except BaseException as error:
+                self._abandon(job)
+                if not isinstance(error, RuntimeError):  # closed, or the interpreter is shutting down
+                    raise
+                return
 
     def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
         wanted: dict[Key, list[Weight]] = {}
@@ -62,35 +76,36 @@ class Prefetcher:
                     break
         return wanted
 
-    def _submit(self, residency: Residency, weights: Sequence[Weight], room: loading.Room) -> None:
-        abandon = partial(self._abandon, residency, weights)
+    def _read(self, job: _Job) -> None:
         try:
-            future = self._executor.submit(self._read, residency, weights, room)
-        except RuntimeError:  # closed, or the interpreter is shutting down
-            abandon()
-            return
-        future.add_done_callback(partial(_if_cancelled, abandon))
-
-    def _read(self, residency: Residency, weights: Sequence[Weight], room: loading.Room) -> None:
-        try:
-            tensors = loading.load([loading.Piece(weight) for weight in weights], room)
+            tensors = loading.load(job.pieces, job.room)
         except BaseException as error:  # whatever a store raises: a forward may be waiting
-            with residency.lock:
-                self.in_flight -= 1
-                for weight in weights:
-                    weight.error = error.with_traceback(None)  # for the next use of it to raise
-                residency.load_failed(weights)
+            with job.residency.lock:
+                if job in self._jobs:
+                    for weight in job.weights:
+                        weight.error = error.with_traceback(None)  # for the next use of it to raise
+                    self._abandon(job)
             return
-        with residency.lock:
-            self.in_flight -= 1
-            residency.load_finished(weights, tensors)
+        with job.residency.lock:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                job.residency.load_finished(job.weights, tensors)
 
-    def _abandon(self, residency: Residency, weights: Collection[Weight]) -> None:
-        with residency.lock:
-            self.in_flight -= 1
-            residency.load_failed(weights)
+    def _abandon(self, job: _Job) -> None:
+        with job.residency.lock:
+            self._jobs.discard(job)
+            job.residency.load_failed(job.weights)
+
+    def _if_cancelled(self, job: _Job, future: Future[None]) -> None:
+        if future.cancelled():
+            self._abandon(job)
 
 
-def _if_cancelled(abandon: partial[None], future: Future[None]) -> None:
-    if future.cancelled():
-        abandon()
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One background read."""
+
+    residency: Residency
+    weights: Sequence[Weight]
+    pieces: Sequence[loading.Piece]
+    room: loading.Room

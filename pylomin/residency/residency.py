@@ -26,6 +26,7 @@ from pylomin.residency.weight import ResidentParameter, State, Weight, dense_lay
 from pylomin.store.scratch import ScratchDirectory
 
 RECHECK_S = 0.05  # views die without telling anyone, so who waits for memory looks again
+GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
 
 
 @dataclass(eq=False, slots=True)
@@ -60,7 +61,9 @@ class Residency:
         self._largest_bytes = 0  # of anything loaded together so far
         self._holders: Counter[int] = Counter()  # pins by thread
         self._waiting: set[int] = set()  # threads that wait for memory
-        self._changed = threading.Condition()
+        # Taken directly, because entering a lock is atomic for an interrupt, and entering a condition is not.
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
@@ -71,7 +74,7 @@ class Residency:
 
     def set_budget(self, memory_budget: int | None) -> None:
         """Takes effect now: what is idle and no longer fits leaves."""
-        with self._changed:
+        with self.lock:
             while memory_budget is not None and self.pool.in_use_bytes() > memory_budget:
                 if not self._evict_one():
                     break
@@ -79,11 +82,11 @@ class Residency:
 
     def set_depth(self, depth: int) -> None:
         """Read this many large groups ahead; 0 ends prefetching."""
-        with self._changed:
+        with self.lock:
             prefetcher, self._prefetcher = self._prefetcher, Prefetcher(depth) if depth else None
         if prefetcher is not None:
             prefetcher.close()  # outside the lock, which the running read needs to finish
-        with self._changed:
+        with self.lock:
             self.drop_unused(wanted=())
 
     @property
@@ -92,7 +95,7 @@ class Residency:
 
     def stats(self) -> Stats:
         """The counters now."""
-        with self._changed:
+        with self.lock:
             return replace(
                 self._stats,
                 memory_budget=self.memory_budget,
@@ -110,11 +113,6 @@ class Residency:
     def expect(self, nbytes: int) -> None:
         """A group of so many bytes will be loaded; the window must have room for it."""
         self._largest_bytes = max(self._largest_bytes, nbytes)
-
-    @property
-    def lock(self) -> threading.Condition:
-        """Guards every state; re-entrant. Never held during a read."""
-        return self._changed
 
     def weights_of(self, key: Key) -> list[Weight]:
         """The weights of a group that still exist."""
@@ -138,35 +136,32 @@ class Residency:
         return Hold(self, weights)
 
     def acquire(self, hold: Hold) -> None:
-        with self._changed:
+        with self.lock:
             for weight in hold.weights:
                 weight.holds += 1
                 hold.pinned.append(weight)
             self._holders[hold.thread_id] += 1
         missed = False
         while True:
-            with self._changed:
-                room = self._claim(hold)
-                if room is None:
+            with self.lock:
+                claim = self._claim(hold)
+                if claim is None:
                     self._used(hold, missed)
                     return
             missed = True
             started = time.perf_counter()
-            tensors = loading.load([loading.Piece(weight) for weight in hold.claimed], room)
-            with self._changed:
+            tensors = loading.load(*claim)
+            with self.lock:
                 self.load_finished(hold.claimed, tensors)
                 hold.claimed = []
                 self._stats.stall_s += time.perf_counter() - started
 
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
-        with self._changed:
+        with self.lock:
             try:
                 for weight in hold.pinned:
-                    tensor = weight.tensor
-                    if tensor is not None and tensor._version != weight.loaded_version:
-                        weight.loaded_version = tensor._version
-                        self._redirect(weight, tensor)
+                    self._keep_writes(weight)
             finally:
                 self.load_failed(hold.claimed)
                 hold.claimed = []
@@ -180,18 +175,18 @@ class Residency:
 
     def load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
-        piece = loading.Piece(weight, tuple(runs))
-        with self._changed:
-            room = self._make_room([piece])
+        with self.lock:
+            piece = loading.Piece.of(weight, runs)
+            room = self._make_room([weight], [piece])
         values = loading.load([piece], room)[0]
-        with self._changed:
+        with self.lock:
             self._stats.loads += 1
             self._stats.bytes_read += piece.stored_bytes
         return values
 
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""
-        with self._changed:
+        with self.lock:
             self._changed.wait_for(lambda: weight.state is not State.LOADING)
             self._redirect(weight, values)
             if weight.tensor is None:
@@ -206,27 +201,32 @@ class Residency:
     def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
         """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
         layout = dense_layout(values)
-        with self._changed:
+        with self.lock:
             source = self._overlay.keep(weight, values, layout)
             weight.writes += 1
         return Weight(weight.name, source, self, () if source.layout == layout else (layout,))
 
     # -- under the lock ---------------------------------------------------------------------------------------------
 
-    def _claim(self, hold: Hold) -> loading.Room | None:
+    def _claim(self, hold: Hold) -> tuple[list[loading.Piece], loading.Room] | None:
         """Mark what is missing as loading, by this hold, and set memory aside; None when all is resident."""
         while True:
             for weight in hold.weights:
-                if weight.error is not None:
-                    error, weight.error = weight.error, None
+                if (error := weight.error) is not None:
+                    for failed_with_it in hold.weights:
+                        failed_with_it.error = None
                     raise error
             missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
             if missing:
-                room = self._make_room([loading.Piece(weight) for weight in missing])
-                if all(weight.state is State.OFFLOADED for weight in missing):
+                pieces = [loading.Piece.of(weight) for weight in missing]
+                room = self._make_room(missing, pieces)
+                # While this waited for room, other threads may have loaded them, or written to them.
+                if all(weight.state is State.OFFLOADED for weight in missing) and pieces == [
+                    loading.Piece.of(weight) for weight in missing
+                ]:
                     hold.claimed = missing
                     self.load_started(missing)
-                    return room
+                    return pieces, room
             elif any(weight.state is State.LOADING for weight in hold.weights):
                 started = time.perf_counter()
                 self._changed.wait()
@@ -331,7 +331,8 @@ class Residency:
         self._drop(next(reversed(self._idle)))
         return True
 
-    def _make_room(self, pieces: Sequence[loading.Piece]) -> loading.Room:
+    def _make_room(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> loading.Room:
+        hopeless = 0
         while True:
             room = loading.try_reserve(self.pool, pieces)
             if room is not None:
@@ -341,7 +342,9 @@ class Residency:
             me = threading.get_ident()
             in_background = self._prefetcher is not None and self._prefetcher.in_flight
             if not in_background and all(t in self._waiting or t == me for t in self._holders):
-                raise self._over_budget(pieces)
+                hopeless += 1
+                if hopeless > GRACE:
+                    raise self._over_budget(weights, pieces)
             started = time.perf_counter()
             self._waiting.add(me)
             try:
@@ -350,8 +353,8 @@ class Residency:
                 self._waiting.discard(me)
                 self._stats.stall_s += time.perf_counter() - started
 
-    def _over_budget(self, pieces: Sequence[loading.Piece]) -> BudgetError:
-        largest = max((piece.weight for piece in pieces), key=lambda weight: weight.nbytes)
+    def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
+        largest = max(weights, key=lambda weight: weight.nbytes)
         buffer_bytes, converted_bytes = loading.needed_bytes(pieces)
         needed_bytes = buffer_bytes + sum(converted_bytes)
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
@@ -370,6 +373,13 @@ class Residency:
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
+    def _keep_writes(self, weight: Weight) -> None:
+        """A forward that wrote to its resident weight wrote to the weight."""
+        tensor = weight.tensor
+        if tensor is not None and tensor._version != weight.loaded_version:
+            weight.loaded_version = tensor._version
+            self._redirect(weight, tensor)
+
     def _redirect(self, weight: Weight, values: torch.Tensor) -> None:
         """From now on the weight's bytes are a copy of ``values`` that is this model's own."""
         layout = weight.layout
@@ -382,13 +392,15 @@ class Residency:
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
         me = threading.get_ident()
-        self._changed = threading.Condition()
+        self.lock = threading.RLock()
+        self._changed = threading.Condition(self.lock)
         self._waiting = set()
         self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self.depth) if self.depth else None
         self.pool.reset_after_fork()
-        self.load_failed(list(self._weights.values()))
+        with self.lock:
+            self.load_failed(list(self._weights.values()))
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()

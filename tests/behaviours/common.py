@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -154,6 +156,14 @@ def is_ordinary(model: nn.Module) -> bool:
 def tree(model: nn.Module) -> Iterator[tuple[str, type]]:
     for name, module in model.named_modules():
         yield name, type(module)
+
+
+def crash_proof(program: str) -> str:
+    """What ``program`` prints, run in a process of its own, so that a crash is a failure."""
+    imports = "import torch\nfrom torch import nn\nimport pylomin\n"
+    done = subprocess.run([sys.executable, "-c", imports + program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 class Mlp(nn.Module):

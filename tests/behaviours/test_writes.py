@@ -84,10 +84,11 @@ WRITES: dict[str, Write] = {
 }
 
 
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
 @pytest.mark.parametrize("between", [False, True], ids=["cold", "used"])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_write(write: Write, between: bool) -> None:
-    plain, lazy = twins(nn.Linear(6, 4))
+def test_write(write: Write, between: bool, storage: str) -> None:
+    plain, lazy = twins(nn.Linear(6, 4), storage=storage)
     x = torch.randn(2, 6)
     if between:
         compare(plain, lazy, x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -49,17 +51,6 @@ SCRIPTS = {
     "a model that nobody ran": """
         model = pylomin.prefetch(pylomin.lazy_loading(stack()))
     """,
-    "a model used by a daemon thread": """
-        model = pylomin.prefetch(pylomin.lazy_loading(stack()))
-        ready = threading.Event()
-        def work():
-            torch.set_grad_enabled(False)
-            while True:
-                model(x)
-                ready.set()
-        threading.Thread(target=work, daemon=True).start()
-        ready.wait()
-    """,
     "a model used by a thread that ends later": """
         model = pylomin.prefetch(pylomin.lazy_loading(stack()))
         expected = model(x)
@@ -87,52 +78,56 @@ SCRIPTS = {
     """,
     "peak memory being measured": """
         model = pylomin.prefetch(pylomin.lazy_loading(stack()))
-        measuring = pylomin.peak_memory(model)
-        measuring.__enter__()
-        model(x)
-        sys.exit(0)
+        with pylomin.peak_memory(model):
+            model(x)
+            sys.exit(0)
     """,
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_exit_with(name: str, scratch: Path) -> None:
-    import textwrap
+# Each script runs in a child of one process that has imported torch already, and ends as any interpreter does.
+ZYGOTE = """
+import json, os, sys, tempfile
+scripts, directory = json.loads(sys.argv[1]), sys.argv[2]
+{preamble}
+pylomin.lazy_loading(stack(1))
+children = {{}}
+for number, (name, script) in enumerate(scripts.items()):
+    scratch = os.path.join(directory, str(number))
+    os.mkdir(scratch)
+    pid = os.fork()
+    if pid == 0:
+        os.environ["TMPDIR"] = scratch
+        output = os.open(os.path.join(directory, f"{{number}}.txt"), os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        exec(script)
+        break
+    children[name] = number, pid
+else:
+    outcomes = {{}}
+    for name, (number, pid) in children.items():
+        _, status = os.waitpid(pid, 0)
+        left = [entry for entry in os.listdir(os.path.join(directory, str(number))) if entry.startswith("pylomin")]
+        with open(os.path.join(directory, f"{{number}}.txt")) as output:
+            outcomes[name] = output.read(), os.waitstatus_to_exitcode(status), left
+    print(json.dumps(outcomes))
+"""
 
-    done = run_script(PREAMBLE + textwrap.dedent(SCRIPTS[name]))
-    assert (done.stderr, done.stdout, done.returncode) == ("", "", 0)
-    assert list(scratch.iterdir()) == []
 
-
-def test_exit_while_a_background_read_runs(scratch: Path) -> None:
-    """The interpreter waits for the read, as for any thread; then it ends."""
-    script = """
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    from robustness.common import faulty_stack, in_prefetch_thread, forward
-    import threading, torch, pylomin
-    torch.set_num_threads(1)
-    x, expected, model, store = faulty_stack(3)
-    pylomin.prefetch(model)
-    forward(model, x)
-    forward(model, x)
-    main, reached = threading.main_thread(), threading.Event()
-    def until_main_has_ended(names):
-        if in_prefetch_thread():
-            reached.set()
-            while main.is_alive():
-                main.join(0.01)
-    store.before_read = until_main_has_ended
-    forward(model, x) if False else None
-    from pylomin.lazy.offload import residencies_of
-    residencies_of(model)[0].set_depth(0)
-    residencies_of(model)[0].set_depth(1)
-    threading.Thread(target=forward, args=(model, x), daemon=True).start()
-    assert reached.wait(30)
-    """
-    done = run_script(script, str(Path(__file__).resolve().parents[1]))
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int, list[str]]]:
+    """Output, exit code and files left of each script."""
+    scripts = {name: textwrap.dedent(script) for name, script in SCRIPTS.items()}
+    zygote = ZYGOTE.format(preamble=PREAMBLE)
+    done = run_script(zygote, json.dumps(scripts), str(tmp_path_factory.mktemp("exit")))
     assert (done.stderr, done.returncode) == ("", 0)
-    assert list(scratch.iterdir()) == []
+    return {name: (text, code, left) for name, (text, code, left) in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_exit_with(name: str, outcomes: dict[str, tuple[str, int, list[str]]]) -> None:
+    assert outcomes[name] == ("", 0, [])
 
 
 def test_exit_after_an_exception(scratch: Path) -> None:
@@ -142,10 +137,38 @@ def test_exit_after_an_exception(scratch: Path) -> None:
     model(x)
     model(x[:, :-1])
     """
-    import textwrap
-
     done = run_script(PREAMBLE + textwrap.dedent(script))
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert "Exception ignored" not in done.stderr
+    assert list(scratch.iterdir()) == []
+
+
+def test_exit_while_a_background_read_runs(scratch: Path) -> None:
+    """The interpreter waits for the read, as for any thread; then it ends."""
+    script = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from robustness.common import faulty_stack, in_prefetch_thread, forward
+    from pylomin.lazy.offload import residencies_of
+    import threading, torch, pylomin
+    torch.set_num_threads(1)
+    x, expected, model, store = faulty_stack(3)
+    pylomin.prefetch(model)
+    forward(model, x)
+    forward(model, x)
+    residencies_of(model)[0].set_depth(0)
+    reached, ending = threading.Event(), threading.Event()
+    threading._register_atexit(ending.set)
+    def until_the_end(names):
+        if in_prefetch_thread():
+            reached.set()
+            ending.wait()
+    store.before_read = until_the_end
+    residencies_of(model)[0].set_depth(1)
+    model.layers[0].register_forward_hook(lambda *_: sys.exit(0) if reached.wait(30) else None)
+    forward(model, x)
+    """
+    done = run_script(script, str(Path(__file__).resolve().parents[1]))
+    assert (done.stderr, done.returncode) == ("", 0)
     assert list(scratch.iterdir()) == []

@@ -163,6 +163,7 @@ def test_an_error_that_nobody_needed_is_not_raised() -> None:
 
 def test_ending_prefetch_while_a_read_runs() -> None:
     """``set_depth(0)`` waits for the read, and nothing else."""
+    threads = len(prefetch_threads())
     x, expected, model, store = prefetching_stack()
     gate = background_gate(store, "layers.1.weight")
     outputs: list[torch.Tensor] = []
@@ -175,7 +176,7 @@ def test_ending_prefetch_while_a_read_runs() -> None:
     assert not forward_thread.is_alive()
     assert not ending.is_alive()
     assert torch.equal(outputs[0], expected)
-    assert not prefetch_threads()
+    assert ends(lambda: len(prefetch_threads()) <= threads)
     assert_nothing_held(model)
 
 
