@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Container, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,16 +20,18 @@ from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
 from pylomin.store.open import open_store
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 
 def load(
-    model_fn: Callable[[], nn.Module],
+    model_fn: Callable[[], ModuleT],
     weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     strict: bool = True,
-) -> nn.Module:
+) -> ModuleT:
     """Build a model whose weights stay where they are stored.
 
     Args:
@@ -78,7 +81,8 @@ def load(
                 if tie.fqn in missing and tie.parameter.is_floating_point():
                     tie.parameter.data = tie.parameter.data.to(dtype)
     found = [tie for tie in ties if tie.fqn not in missing]
-    offload(found, sources, residency_for(model, budget), device=execution_device, dtype=dtype)
+    residency = residency_for(model)
+    offload(model, found, sources, residency, device=execution_device, dtype=dtype, memory_budget=budget)
     if execution_device is not None:
         for module in model.modules():
             for name, buffer in module._buffers.items():
@@ -86,7 +90,7 @@ def load(
     return model
 
 
-def _build(model_fn: Callable[[], nn.Module], keep: Container[int] = ()) -> tuple[nn.Module, dict[int, int]]:
+def _build(model_fn: Callable[[], ModuleT], keep: Container[int] = ()) -> tuple[ModuleT, dict[int, int]]:
     """Call ``model_fn`` so that the parameters that this thread registers get shape and dtype only.
 
     Parameters that are tied stay one object. Those whose number, in the order of first registration, is in ``keep``

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,14 +62,10 @@ def _new(cls: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-_classes: weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]] = weakref.WeakKeyDictionary()
-
-
 def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` that holds its weights around ``forward``; made once."""
-    if cls not in _classes:
-        _classes[cls] = _make_class(cls)
-    return _classes[cls]
+    """The subclass of ``cls`` that holds its weights around ``forward``; one, for as long as it is used."""
+    made = (subclass for subclass in cls.__subclasses__() if subclass.__dict__.get("lazy_of") is cls)
+    return next(made, None) or _make_class(cls)
 
 
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:

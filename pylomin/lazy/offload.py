@@ -77,19 +77,24 @@ def _identity(parameter: torch.Tensor) -> object:
 
 
 def offload(
+    model: nn.Module,
     ties: Sequence[Tie],
     sources: Sequence[Source],
     residency: Residency,
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
 ) -> None:
     """Replace the parameters of ``ties`` by offloaded ones, and make the modules that hold their own weights lazy.
+
+    The last step of every pass that offloads; before it, the model and ``residency`` are as they were.
 
     Args:
         sources: where the bytes of each weight are.
         device: where to compute; default: where the parameter is (the CPU for one without values).
         dtype: of floating-point weights in compute memory; default: as stored.
+        memory_budget: the new budget of ``residency``; default: unchanged.
     """
     weights = [
         Weight(tie.fqn, source, residency, _conversions(tie.parameter, source.layout, device, dtype))
@@ -100,7 +105,12 @@ def offload(
         for tie, weight in zip(ties, weights, strict=True)
         for slot in tie.slots
     ]
-    residency.expect(check_budget(footprints(owned), residency.memory_budget))
+    budget = residency.memory_budget if memory_budget is None else memory_budget
+    largest_bytes = check_budget(offloaded_footprints(model) + footprints(owned), budget)
+    residency.expect(largest_bytes)
+    residency.set_budget(budget)
+    if model in _wanted_depth:
+        residency.set_depth(_wanted_depth.pop(model))
     modules: dict[nn.Module, None] = {}
     for tie, weight in zip(ties, weights, strict=True):
         replaced: dict[int, OffloadedTensor] = {}
@@ -152,17 +162,9 @@ def want_prefetch(model: nn.Module, depth: int) -> None:
     _wanted_depth[model] = depth
 
 
-def residency_for(model: nn.Module, memory_budget: int | None = None) -> Residency:
+def residency_for(model: nn.Module) -> Residency:
     """The residency of what is offloaded of ``model`` already, so that one budget counts it all; or a new one."""
-    existing = residencies_of(model)
-    if not existing:
-        residency = Residency(memory_budget)
-        residency.set_depth(_wanted_depth.pop(model, 0))
-        return residency
-    if memory_budget is not None:
-        check_budget(offloaded_footprints(model), memory_budget)
-        existing[0].set_budget(memory_budget)
-    return existing[0]
+    return next(iter(residencies_of(model)), None) or Residency()
 
 
 class Footprint(NamedTuple):

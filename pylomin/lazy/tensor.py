@@ -251,7 +251,12 @@ def run_loaded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     with ExitStack() as held:
         values = _values(offloaded, held)
         args, kwargs = tree_unflatten([values.get(id(leaf), leaf) for leaf in leaves], spec)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except BaseException as error:
+            raise error.with_traceback(None)  # noqa: B904  # its frames have the values, and people keep errors
+        finally:
+            del args, kwargs, values
 
 
 def _values(offloaded: Sequence[OffloadedTensor], held: ExitStack) -> dict[int, torch.Tensor]:

@@ -12,17 +12,17 @@ from pylomin.lazy.offload import find_ties, offload, residency_for, slots_of
 from pylomin.lazy.sources import written_sources
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.lazy_loading import check_parameter
-from pylomin.passes.selection import check_model, select_modules
+from pylomin.passes.selection import ModuleT, check_model, select_modules
 from pylomin.residency.limits import format_bytes
 
 
 def chunked_embedding(
-    model: nn.Module,
+    model: ModuleT,
     *,
     target_module_name: str | None = None,
     target_modules: Iterable[nn.Module] | None = None,
     chunk_size: int = 2048,
-) -> nn.Module:
+) -> ModuleT:
     """Look up large embeddings with at most ``chunk_size`` rows of the table in memory.
 
     A lookup reads the rows that are asked for, each once, in the order in which they lie. Outputs, module class and
@@ -51,7 +51,7 @@ def chunked_embedding(
         check_parameter(tie)
     if in_memory:
         residency = residency_for(model)
-        offload(in_memory, written_sources(in_memory, residency, None), residency)
+        offload(model, in_memory, written_sources(in_memory, residency, None), residency)
     for module in targets:
         table = module.weight
         assert isinstance(table, OffloadedTensor)

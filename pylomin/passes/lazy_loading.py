@@ -22,14 +22,14 @@ from pylomin.lazy.offload import (
 )
 from pylomin.lazy.sources import fill_buffers, matched_sources, memory_sources, missing_error, written_sources
 from pylomin.lazy.tensor import OffloadedTensor
-from pylomin.passes.selection import check_model, select_modules
+from pylomin.passes.selection import ModuleT, check_model, select_modules
 from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
 from pylomin.store.open import open_store
 
 
 def lazy_loading(
-    model: nn.Module,
+    model: ModuleT,
     *,
     weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore | None = None,
     target_classes: Iterable[type[nn.Module]] | None = None,
@@ -39,7 +39,7 @@ def lazy_loading(
     storage: Literal["disk", "cpu"] = "disk",
     output_dir: str | os.PathLike[str] | None = None,
     memory_budget: int | str | None = None,
-) -> nn.Module:
+) -> ModuleT:
     """Keep the weights of ``model`` out of memory but while they are used.
 
     Args:
@@ -87,7 +87,7 @@ def lazy_loading(
         check_parameter(tie, has_weights=weights is not None)
 
     check_budget(planned_footprints(ties, execution_device), budget)
-    residency = residency_for(model, budget)
+    residency = residency_for(model)
     if weights is not None:
         store = open_store(weights)
         sources, missing = matched_sources(ties, store)
@@ -98,7 +98,7 @@ def lazy_loading(
         sources = memory_sources(ties)
     else:
         sources = written_sources(ties, residency, output_dir)
-    offload(ties, sources, residency, device=execution_device)
+    offload(model, ties, sources, residency, device=execution_device, memory_budget=budget)
     return model
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from pylomin.errors import PassError
 from pylomin.lazy.offload import check_budget, offloaded_footprints, residencies_of, want_prefetch
-from pylomin.passes.selection import check_model
+from pylomin.passes.selection import ModuleT, check_model
 from pylomin.residency.limits import parse_bytes
 
 
-def prefetch(model: nn.Module, *, depth: int | None = None, memory_budget: int | str | None = None) -> nn.Module:
+def prefetch(model: ModuleT, *, depth: int | None = None, memory_budget: int | str | None = None) -> ModuleT:
     """Read weights in the background before they are used, in the order recorded so far.
 
     The first forward has no order to go by and loads on demand. A wrong prediction costs a read, never a wrong result,

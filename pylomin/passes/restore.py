@@ -8,10 +8,10 @@ from pylomin.errors import PassError
 from pylomin.lazy.module import original_class
 from pylomin.lazy.offload import offloaded_slots, residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
-from pylomin.passes.selection import check_model
+from pylomin.passes.selection import ModuleT, check_model
 
 
-def restore(model: nn.Module) -> nn.Module:
+def restore(model: ModuleT) -> ModuleT:
     """Undo all passes: weights in memory again, modules of their own classes, ties kept, ``requires_grad`` as it was.
 
     Args:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from pylomin.errors import PassError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+"""A pass returns the very object that it was given."""
 
 
 def check_model(model: object) -> None:

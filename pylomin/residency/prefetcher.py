@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from pylomin.residency import loading
@@ -23,21 +25,24 @@ class Prefetcher:
     """One reader thread, and what it is given to read.
 
     It does not know the residency it works for, but while a read is under way; so it keeps no model alive. The thread
-    starts with the first read, and ends with :meth:`close`, with this object, and before the interpreter does.
+    starts with the first read, and ends with :meth:`close`, with this object, and before the interpreter does. It is
+    our own and fed by a SimpleQueue because those of concurrent.futures can be left locked by a KeyboardInterrupt.
     """
 
     def __init__(self, depth: int) -> None:
         self.depth = depth  # large groups to read ahead
-        self._jobs: set[_Job] = set()  # submitted, and neither finished nor abandoned
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pylomin-prefetch")
+        self._jobs: set[_Job] = set()  # given to the thread, and neither finished nor abandoned
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     @property
     def in_flight(self) -> int:
         return len(self._jobs)
 
     def close(self) -> None:
-        """Let the running read finish, abandon the others, end the thread. Not under the residency's lock."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Let the reads that were begun finish, end the thread. Not under the residency's lock."""
+        if self._thread is not None:
+            _end(self._queue, self._thread, os.getpid())
 
     def schedule(self, residency: Residency) -> None:
         """Start reading what the trace says comes next. Under the residency's lock.
@@ -54,17 +59,22 @@ class Prefetcher:
             room = loading.try_reserve(residency.pool, pieces)
             if room is None:
                 return
-            job = _Job(residency, missing, pieces, room)
+            job = _Job(self._jobs, residency, missing, pieces, room)
             self._jobs.add(job)
             try:
                 residency.load_started(missing, in_background=True)
-                future = self._executor.submit(self._read, job)
-                future.add_done_callback(partial(self._if_cancelled, job))
-            except BaseException as error:
-                self._abandon(job)
-                if not isinstance(error, RuntimeError):  # closed, or the interpreter is shutting down
-                    raise
-                return
+                self._start_thread()
+                self._queue.put(job)
+            except BaseException:
+                job.abandon()
+                raise
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=_serve, args=(self._queue,), name="pylomin-prefetch", daemon=True)
+            weakref.finalize(self, _end, self._queue, thread, os.getpid())
+            thread.start()
+            self._thread = thread
 
     def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
         wanted: dict[Key, list[Weight]] = {}
@@ -76,36 +86,47 @@ class Prefetcher:
                     break
         return wanted
 
-    def _read(self, job: _Job) -> None:
-        try:
-            tensors = loading.load(job.pieces, job.room)
-        except BaseException as error:  # whatever a store raises: a forward may be waiting
-            with job.residency.lock:
-                if job in self._jobs:
-                    for weight in job.weights:
-                        weight.error = error.with_traceback(None)  # for the next use of it to raise
-                    self._abandon(job)
-            return
-        with job.residency.lock:
-            if job in self._jobs:
-                self._jobs.remove(job)
-                job.residency.load_finished(job.weights, tensors)
-
-    def _abandon(self, job: _Job) -> None:
-        with job.residency.lock:
-            self._jobs.discard(job)
-            job.residency.load_failed(job.weights)
-
-    def _if_cancelled(self, job: _Job, future: Future[None]) -> None:
-        if future.cancelled():
-            self._abandon(job)
-
 
 @dataclass(eq=False, slots=True)
 class _Job:
     """One background read."""
 
+    under_way: set[_Job]  # of its prefetcher; this is in it until it has finished or was abandoned
     residency: Residency
     weights: Sequence[Weight]
     pieces: Sequence[loading.Piece]
     room: loading.Room
+
+    def run(self) -> None:
+        try:
+            tensors = loading.load(self.pieces, self.room)
+        except BaseException as error:  # whatever a store raises: a forward may be waiting
+            with self.residency.lock:
+                if self in self.under_way:
+                    for weight in self.weights:
+                        weight.error = error.with_traceback(None)  # for the next use of it to raise
+                    self.abandon()
+            return
+        with self.residency.lock:
+            if self in self.under_way:
+                self.under_way.remove(self)
+                self.residency.load_finished(self.weights, tensors)
+
+    def abandon(self) -> None:
+        with self.residency.lock:
+            self.under_way.discard(self)
+            self.residency.load_failed(self.weights)
+
+
+def _serve(queue: SimpleQueue[_Job | None]) -> None:
+    while (job := queue.get()) is not None:
+        job.run()
+        del job  # or this thread would keep the model alive while it waits
+
+
+def _end(queue: SimpleQueue[_Job | None], thread: threading.Thread, owner_pid: int) -> None:
+    """Runs also in finalizers: in the thread itself, where the last reference was its own, and in forked children."""
+    if os.getpid() == owner_pid:
+        queue.put(None)
+        if thread.is_alive() and thread is not threading.current_thread():
+            thread.join()

@@ -8,8 +8,9 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -60,7 +61,9 @@ class Residency:
         self._kept_bytes = 0
         self._largest_bytes = 0  # of anything loaded together so far
         self._holders: Counter[int] = Counter()  # pins by thread
-        self._waiting: set[int] = set()  # threads that wait for memory
+        self._waiting: dict[
+            int, Callable[[], bool]
+        ] = {}  # threads that wait for memory, and whether they still need to
         # Taken directly, because entering a lock is atomic for an interrupt, and entering a condition is not.
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
@@ -177,7 +180,8 @@ class Residency:
         """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
         with self.lock:
             piece = loading.Piece.of(weight, runs)
-            room = self._make_room([weight], [piece])
+            room = self._make_room([weight], [piece], lambda: True)
+            assert room is not None
         values = loading.load([piece], room)[0]
         with self.lock:
             self._stats.loads += 1
@@ -219,11 +223,8 @@ class Residency:
             missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
             if missing:
                 pieces = [loading.Piece.of(weight) for weight in missing]
-                room = self._make_room(missing, pieces)
-                # While this waited for room, other threads may have loaded them, or written to them.
-                if all(weight.state is State.OFFLOADED for weight in missing) and pieces == [
-                    loading.Piece.of(weight) for weight in missing
-                ]:
+                room = self._make_room(missing, pieces, partial(_unchanged, missing, pieces))
+                if room is not None:
                     hold.claimed = missing
                     self.load_started(missing)
                     return pieces, room
@@ -331,9 +332,12 @@ class Residency:
         self._drop(next(reversed(self._idle)))
         return True
 
-    def _make_room(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> loading.Room:
+    def _make_room(
+        self, weights: Sequence[Weight], pieces: Sequence[loading.Piece], needed: Callable[[], bool]
+    ) -> loading.Room | None:
+        """Memory for ``pieces``; None if, while this waited, it became not ``needed`` any more."""
         hopeless = 0
-        while True:
+        while needed():
             room = loading.try_reserve(self.pool, pieces)
             if room is not None:
                 return room
@@ -341,17 +345,22 @@ class Residency:
                 continue
             me = threading.get_ident()
             in_background = self._prefetcher is not None and self._prefetcher.in_flight
-            if not in_background and all(t in self._waiting or t == me for t in self._holders):
+            if not in_background and all(t == me or self._waits(t) for t in self._holders):
                 hopeless += 1
                 if hopeless > GRACE:
                     raise self._over_budget(weights, pieces)
             started = time.perf_counter()
-            self._waiting.add(me)
+            self._waiting[me] = needed
             try:
                 self._changed.wait(RECHECK_S)
             finally:
-                self._waiting.discard(me)
+                del self._waiting[me]
                 self._stats.stall_s += time.perf_counter() - started
+        return None
+
+    def _waits(self, thread_id: int) -> bool:
+        needed = self._waiting.get(thread_id)
+        return needed is not None and needed()
 
     def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
@@ -394,13 +403,20 @@ class Residency:
         me = threading.get_ident()
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
-        self._waiting = set()
+        self._waiting = {}
         self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self.depth) if self.depth else None
         self.pool.reset_after_fork()
         with self.lock:
             self.load_failed(list(self._weights.values()))
+
+
+def _unchanged(weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> bool:
+    """No other thread loaded the weights, or wrote to them."""
+    return all(weight.state is State.OFFLOADED for weight in weights) and [
+        loading.Piece.of(weight) for weight in weights
+    ] == list(pieces)
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()

@@ -22,7 +22,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def twins(model: Module, **options: Any) -> tuple[Module, Module]:
     """A copy that stays in memory, and the model, offloaded.
 
-    Parameters that are to be offloaded do not require grad, since offloaded ones cannot: torch chooses some kernels by that.
+    Parameters that are to be offloaded do not require grad, since offloaded ones cannot, and torch chooses some
+    kernels by that.
     """
     skipped = {p for module in options.get("skip_modules", ()) for p in module.parameters()}
     for parameter in model.parameters():
@@ -35,7 +36,8 @@ def check(model: Module, *args: Any, seed: int = 0, **kwargs: Any) -> Module:
     """Offload ``model`` and compare two forwards without grad, then two with. Returns the offloaded model."""
     trained, lazy_trained = copy.deepcopy(model), pylomin.lazy_loading(copy.deepcopy(model))
     for _ in range(2):
-        assert_same(run(trained, *args, seed=seed, **kwargs), run(lazy_trained, *args, seed=seed, **kwargs), "trainable")
+        expected = run(trained, *args, seed=seed, **kwargs)
+        assert_same(expected, run(lazy_trained, *args, seed=seed, **kwargs), "trainable")
     plain, lazy = twins(model)
     assert all(isinstance(parameter, OffloadedTensor) for parameter in lazy.parameters())
     compare(plain, lazy, *args, seed=seed, **kwargs)
@@ -128,7 +130,8 @@ def _bits(tensor: Tensor) -> Tensor:
     tensor = values(tensor).detach().resolve_conj().resolve_neg()
     if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
         tensor = tensor.nan_to_num(12345.0)
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    return flat.copy_(tensor.reshape(-1)).view(torch.uint8)
 
 
 def values(tensor: Tensor) -> Tensor:

@@ -25,7 +25,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: nn.Linear(8, 4), lambda: torch.randn(2, 8)),
     "mlp": (Mlp, lambda: torch.randn(2, 8)),
     "tied": (Tied, lambda: torch.tensor([[1, 2, 3]])),
-    "conv": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval(), lambda: torch.randn(1, 2, 6, 6)),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval(),
+        lambda: torch.randn(1, 2, 6, 6),
+    ),
     "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), lambda: torch.randn(2, 3, 8)),
     "direct": (lambda: Direct(), lambda: torch.randn(2, 8)),
 }

@@ -211,7 +211,7 @@ def test_budget_and_prefetch_are_copied() -> None:
         assert_same(run(plain, X), run(clone, X))
 
 
-# -- pickle -------------------------------------------------------------------------------------------------------------
+# -- pickle ----------------------------------------------------------------------------------------
 
 
 def through_pickle(model: Any) -> Any:
@@ -247,9 +247,7 @@ def test_pickle_is_an_ordinary_model(make: Callable[[], nn.Module], x: Tensor, c
     loaded = copied(lazy)
     assert is_ordinary(loaded)
     assert list(tree(loaded)) == list(tree(reference))
-    for (name, expected), (_, actual) in zip(
-        reference.named_parameters(), loaded.named_parameters(), strict=True
-    ):
+    for (name, expected), (_, actual) in zip(reference.named_parameters(), loaded.named_parameters(), strict=True):
         assert_same(expected, actual, name)
         assert expected.requires_grad == actual.requires_grad
         assert expected.stride() == actual.stride()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pylomin
@@ -99,6 +102,50 @@ def test_parameter_that_is_not_contiguous(make: Callable[[], Tensor]) -> None:
     assert lazy.weight.stride() == plain.weight.stride()
     assert lazy.weight.is_contiguous() == plain.weight.is_contiguous()
     assert values(lazy.weight).stride() == plain.weight.stride()
+
+
+@st.composite
+def laid_out(draw: st.DrawFn) -> Tensor:
+    """Any dimensions, zero and one among them, permuted, strided or expanded."""
+    shape = draw(st.lists(st.sampled_from([0, 1, 1, 2, 3]), max_size=4))
+    order = draw(st.permutations(range(len(shape))))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.complex64]))
+    tensor = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape).to(dtype).permute(order)
+    if tensor.dim() and draw(st.booleans()):
+        tensor = tensor[::2] if draw(st.booleans()) else tensor[1:]
+    if tensor.dim() and len(tensor) and draw(st.booleans()):
+        tensor = tensor[:1].expand(2, *tensor.shape[1:])
+    return tensor
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tensor=laid_out(), storage=st.sampled_from(["disk", "cpu"]), half=st.booleans())
+def test_any_layout(tensor: Tensor, storage: str, half: bool) -> None:
+    plain, lazy = twins(Holder(tensor), storage=storage)
+    if half:
+        plain, lazy = plain.double(), lazy.double()
+    assert_same(plain.weight, lazy.weight)
+    assert lazy.weight.stride() == plain.weight.stride()
+    x = torch.zeros(tensor.shape, dtype=torch.float64)
+    assert_same(plain(x), lazy(x))
+    for model in (plain, lazy):
+        with torch.no_grad():
+            model.weight.copy_(tensor + 1)
+            model.weight.mul_(2)
+    assert_same(plain.weight, lazy.weight)
+    assert_same(plain(x), lazy(x))
+    restored = pylomin.restore(lazy)
+    assert_same(plain.weight, restored.weight)
+    assert restored.weight.stride() == plain.weight.stride()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(1, 3).t(), torch.empty(0, 3).t(), torch.empty(3, 0).t(), torch.ones(1, 1, 4).permute(2, 0, 1)],
+    ids=["column", "no columns", "no rows", "two ones"],
+)
+def test_transposed_parameter_of_one_row_or_none(weight: Tensor) -> None:
+    check(Holder(weight), torch.zeros(weight.shape, dtype=torch.float64))
 
 
 def test_transposed_weight_in_linear() -> None:

@@ -21,6 +21,8 @@ from .common import Mlp, assert_same, assert_same_parameters, check, compare, is
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # torch's own, about NumPy 2
+
 GEOMETRY: dict[str, Callable[[Tensor], Any]] = {
     "t_": lambda w: w.t_(),
     "transpose_": lambda w: w.transpose_(0, 1),
@@ -89,7 +91,7 @@ def test_array_that_is_copied_can_be_written() -> None:
     assert not (lazy.weight.detach().numpy() == 3.0).any()
 
 
-# -- optimizers without backward ----------------------------------------------------------------------------------------
+# -- optimizers without backward -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_zeroth_order_training() -> None:
         compare(plain, lazy, X)
 
 
-# -- things kept from inside a forward ----------------------------------------------------------------------------------
+# -- things kept from inside a forward -------------------------------------------------------------
 
 
 class Keeps(nn.Module):
@@ -191,7 +193,7 @@ def test_parameter_is_the_same_object_within_a_forward() -> None:
     check(Compares(), X)
 
 
-# -- classes ------------------------------------------------------------------------------------------------------------
+# -- classes ---------------------------------------------------------------------------------------
 
 
 class Registers(nn.Linear):
@@ -317,7 +319,7 @@ def test_compiled_module_is_offloaded_through_its_wrapper() -> None:
     torch._dynamo.reset()
 
 
-# -- other ways to make modules of weights ------------------------------------------------------------------------------
+# -- other ways to make modules of weights ---------------------------------------------------------
 
 
 def test_embedding_from_pretrained() -> None:

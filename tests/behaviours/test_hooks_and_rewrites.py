@@ -197,7 +197,7 @@ def test_new_parameter_made_of_offloaded_data() -> None:
     assert_same(run(plain, torch.ones(1, 4)), run(lazy, torch.ones(1, 4)))
 
 
-# -- hooks --------------------------------------------------------------------------------------------------------------
+# -- hooks -----------------------------------------------------------------------------------------
 
 
 def test_hooks_see_the_values() -> None:

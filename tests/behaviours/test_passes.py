@@ -57,7 +57,7 @@ class Everything(nn.Module):
 IDS = torch.tensor([[1, 2, 19, 2]])
 
 
-# -- restore ------------------------------------------------------------------------------------------------------------
+# -- restore ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["cold", "used"])
@@ -175,7 +175,7 @@ def test_offload_restore_many_times() -> None:
 
 def test_isinstance_and_identity() -> None:
     model = Everything()
-    modules = {name: module for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     lazy = pylomin.lazy_loading(model)
     for name, module in lazy.named_modules():
         assert module is modules[name]
@@ -186,7 +186,7 @@ def test_isinstance_and_identity() -> None:
     assert type(lazy.mlp.first) is type(lazy.mlp.second)
 
 
-# -- arguments ----------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("collection", [list, tuple, set, iter, lambda items: (item for item in items)])
@@ -232,8 +232,16 @@ WRONG: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "module as skip": (lambda m: pylomin.lazy_loading(m, skip_modules=m.mlp), TypeError, "skip_modules is a Mlp"),
     "name as target": (lambda m: pylomin.lazy_loading(m, target_modules="mlp"), TypeError, "target_modules is a str"),
     "names as targets": (lambda m: pylomin.lazy_loading(m, target_modules=["mlp"]), TypeError, "contains 'mlp'"),
-    "class as targets": (lambda m: pylomin.lazy_loading(m, target_classes=nn.Linear), TypeError, "target_classes is a type"),
-    "instances as classes": (lambda m: pylomin.lazy_loading(m, target_classes=[m.mlp]), TypeError, "target_classes contains"),
+    "class as targets": (
+        lambda m: pylomin.lazy_loading(m, target_classes=nn.Linear),
+        TypeError,
+        "target_classes is a type",
+    ),
+    "instances as classes": (
+        lambda m: pylomin.lazy_loading(m, target_classes=[m.mlp]),
+        TypeError,
+        "target_classes contains",
+    ),
     "wrong class": (lambda m: pylomin.lazy_loading(m, target_classes=[int]), TypeError, "target_classes contains"),
     "foreign skip": (
         lambda m: pylomin.lazy_loading(m, skip_modules=[nn.Linear(2, 2)]),
@@ -397,7 +405,7 @@ def test_output_dir_that_has_weights_already(tmp_path: Path) -> None:
     assert is_ordinary(model)
 
 
-# -- order --------------------------------------------------------------------------------------------------------------
+# -- order -----------------------------------------------------------------------------------------
 
 PASSES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "lazy": lambda m: pylomin.lazy_loading(m),
@@ -413,10 +421,8 @@ def test_any_order_of_passes(order: tuple[str, ...], budget: str | None) -> None
     plain = copy.deepcopy(model).requires_grad_(False)
     lazy = model
     for name in order:
-        if name == "lazy" and budget:
-            lazy = pylomin.lazy_loading(lazy, memory_budget=budget)
-        else:
-            lazy = PASSES[name](lazy)
+        apply = PASSES[name]
+        lazy = pylomin.lazy_loading(lazy, memory_budget=budget) if name == "lazy" else apply(lazy)
         assert lazy is model
         assert_same(run(plain, IDS).detach(), run(lazy, IDS).detach())
     assert all(isinstance(p, OffloadedTensor) for p in lazy.parameters())
@@ -457,7 +463,7 @@ def test_prefetch_of_a_bigger_model() -> None:
     assert_same(run(plain, x), run(lazy, x))
 
 
-# -- budgets ------------------------------------------------------------------------------------------------------------
+# -- budgets ---------------------------------------------------------------------------------------
 
 
 def test_smallest_budget_that_the_error_names_works() -> None:

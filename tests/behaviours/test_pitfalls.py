@@ -166,8 +166,8 @@ def test_two_models_never_mix(tmp_path: Path) -> None:
 def test_threads_in_one_model(budget: str | None) -> None:
     plain = SizedLinears(5, 32).requires_grad_(False)
     one_layer = 8192
-    options: dict[str, Any] = {} if budget is None else {"memory_budget": 4 * one_layer if budget == "smallest" else budget}
-    lazy = pylomin.prefetch(pylomin.lazy_loading(copy.deepcopy(plain), **options))
+    memory_budget = 4 * one_layer if budget == "smallest" else budget  # a layer for each thread
+    lazy = pylomin.prefetch(pylomin.lazy_loading(copy.deepcopy(plain), memory_budget=memory_budget))
     inputs = [torch.randn(2, 32) for _ in range(4)]
     expected = [run(plain, x) for x in inputs]
     wrong: list[object] = []

@@ -182,7 +182,7 @@ def test_skip_modules() -> None:
     assert_same(run(plain, torch.ones(2, 8)), run(lazy, torch.ones(2, 8)))
 
 
-# -- functional_call ----------------------------------------------------------------------------------------------------
+# -- functional_call -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -195,7 +195,9 @@ def test_any_index(index: Any) -> None:
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(index=st.one_of(index_item, st.tuples(index_item, index_item)), value=st.sampled_from(["scalar", "tensor", "row"]))
+@given(
+    index=st.one_of(index_item, st.tuples(index_item, index_item)), value=st.sampled_from(["scalar", "tensor", "row"])
+)
 def test_any_assignment(index: Any, value: str) -> None:
     weight = torch.arange(7 * 3 * 4.0).reshape(7, 3, 4)
     lazy = pylomin.lazy_loading(nn.ParameterList([weight.clone()]))

@@ -133,7 +133,7 @@ def test_failed_operation_changes_nothing() -> None:
     assert_same_parameters(plain, lazy)
 
 
-# -- load_state_dict ----------------------------------------------------------------------------------------------------
+# -- load_state_dict -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
@@ -234,7 +234,7 @@ def test_state_dict_reflects_a_later_write() -> None:
     assert_same(states[0]["first.weight"], states[1]["first.weight"])
 
 
-# -- .data --------------------------------------------------------------------------------------------------------------
+# -- .data -----------------------------------------------------------------------------------------
 
 
 def test_data_assignment() -> None:
@@ -289,7 +289,7 @@ def test_data_of_a_view_kept_across_a_write() -> None:
     assert_same(views[0], views[1])
 
 
-# -- in forward ---------------------------------------------------------------------------------------------------------
+# -- in forward ------------------------------------------------------------------------------------
 
 
 class Writes(nn.Module):
@@ -369,7 +369,7 @@ def test_write_in_a_forward_that_raises() -> None:
     assert resident_bytes(lazy) == 0
 
 
-# -- where writes go ----------------------------------------------------------------------------------------------------
+# -- where writes go -------------------------------------------------------------------------------
 
 
 def test_writes_never_reach_the_users_file(tmp_path: Path) -> None:
