@@ -130,7 +130,7 @@ def _bits(tensor: Tensor) -> Tensor:
     tensor = values(tensor).detach().resolve_conj().resolve_neg()
     if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
         tensor = tensor.nan_to_num(12345.0)
-    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype, device="cpu")
     return flat.copy_(tensor.reshape(-1)).view(torch.uint8)
 
 
