@@ -55,3 +55,15 @@ class ScratchError(PylominError, OSError):
 
 class OutputExistsError(PylominError, FileExistsError):
     """A file that should be written exists already."""
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """For errors of ours that pass through frames which hold buffers: whoever keeps an error keeps its frames.
+
+    Our texts say what the frames would. Errors of others are returned as they are.
+    """
+    if isinstance(error, PylominError):
+        cause: BaseException | None = error
+        while cause is not None:
+            cause = cause.with_traceback(None).__cause__ or cause.__context__
+    return error

@@ -531,7 +531,9 @@ def test_a_budget_that_is_too_small(path: Path) -> None:
         pylomin.load(Net, path, memory_budget=least - 1)
 
 
-@pytest.mark.parametrize(("budget", "kind"), [(0, ValueError), ("much", ValueError), (1.5, TypeError), (-1, ValueError)])
+@pytest.mark.parametrize(
+    ("budget", "kind"), [(0, ValueError), ("much", ValueError), (1.5, TypeError), (-1, ValueError)]
+)
 def test_a_budget_that_is_none(path: Path, budget: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="memory_budget"):
         pylomin.load(Net, path, memory_budget=budget)

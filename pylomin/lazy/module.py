@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -55,11 +56,14 @@ class LazyModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the module that it was, with its weights in memory."""
-        return (_new, (original_class(type(self)),), self.__getstate__())
+        original = original_class(type(self))
+        if original.__reduce_ex__ is not object.__reduce_ex__ or original.__reduce__ is not object.__reduce__:
+            return super().__reduce_ex__(protocol)
+        rebuild = copyreg._reconstructor  # type: ignore[attr-defined]  # so that who unpickles needs no pylomin
+        return (rebuild, (original, object, None), self.__getstate__())
 
-
-def _new(cls: type[nn.Module]) -> nn.Module:
-    return cls.__new__(cls)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Hides the hook of the module's own class, which knows nothing of subclasses made by others."""
 
 
 def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -89,7 +93,8 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
                 return run(self, *args, **kwargs)
 
     mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)
-    namespace = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "lazy_of": cls}
+    taken = {n: getattr(cls, n) for n in ("__copy__", "__deepcopy__") if hasattr(cls, n)}  # the user's own
+    namespace = taken | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "lazy_of": cls}
     lazy: type[nn.Module] = type(cls)(f"Lazy{cls.__name__}", (*mixins, cls), namespace)  # type: ignore[misc]
     return lazy
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pylomin.errors import BudgetError
 from pylomin.io.buffers import PAGE_BYTES, SMALL_BYTES, aligned
-from pylomin.lazy.module import holds_weights, lazy_class, loads_rows, original_class
+from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.residency import Residency
@@ -70,6 +70,8 @@ def find_ties(slots: Iterable[Slot]) -> list[Tie]:
 
 
 def _identity(parameter: torch.Tensor) -> object:
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.layout is not torch.strided:
+        return id(parameter)
     if parameter.device.type == "meta" or not parameter.numel() or isinstance(parameter, OffloadedTensor):
         return id(parameter)  # all tensors without data have the same address
     geometry = (parameter.storage_offset(), tuple(parameter.shape), parameter.stride(), parameter.dtype)
@@ -111,7 +113,13 @@ def offload(
     residency.set_budget(budget)
     if model in _wanted_depth:
         residency.set_depth(_wanted_depth.pop(model))
-    modules: dict[nn.Module, None] = {}
+    # Made before anything is changed, for a class may refuse to be subclassed.
+    lazy_classes = {
+        slot.module: lazy_class(type(slot.module))
+        for tie in ties
+        for slot in tie.slots
+        if holds_weights(slot.module) and not isinstance(slot.module, LazyModule)
+    }
     for tie, weight in zip(ties, weights, strict=True):
         replaced: dict[int, OffloadedTensor] = {}
         for slot in tie.slots:
@@ -119,16 +127,15 @@ def offload(
             if id(old) not in replaced:
                 replaced[id(old)] = _stand_in(old, weight)
             slot.module._parameters[slot.name] = replaced[id(old)]  # type: ignore[assignment]
-            modules[slot.module] = None
-    for module in modules:
-        if holds_weights(module) and original_class(type(module)) is type(module):
-            module.__class__ = lazy_class(type(module))
-            if isinstance(module, nn.RNNBase):
-                module.__dict__.pop("_flat_weights", None)  # it would keep the old parameters
+    for module, cls in lazy_classes.items():
+        object.__setattr__(module, "__class__", cls)
+        if isinstance(module, nn.RNNBase):
+            module.__dict__.pop("_flat_weights", None)  # it would keep the old parameters
 
 
 def _stand_in(old: nn.Parameter, weight: Weight) -> OffloadedTensor:
     new = as_parameter(OffloadedTensor(weight), trainable=old.requires_grad)
+    new.parameter_class = type(old)
     new.__dict__.update({name: value for name, value in old.__dict__.items() if name not in new.__dict__})
     return new
 

@@ -10,6 +10,7 @@ import torch
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
 from pylomin.residency.weight import Layout
 
+INDEX_DTYPES = (torch.int64, torch.int32)
 BATCH_BYTES = 4 << 20  # 4 MiB; rows of a lookup that are in memory at one time
 
 
@@ -77,12 +78,16 @@ def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _in_range(indices: torch.Tensor, rows: int) -> bool:
+    if indices.dtype not in INDEX_DTYPES:
+        return False  # the operator itself says what it thinks of others
     return not indices.numel() or (int(indices.min()) >= 0 and int(indices.max()) < rows)
 
 
 def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     table, indices = args[:2]
     if not isinstance(table, OffloadedTensor) or not has_packed_rows(table) or table.dim() != 2:
+        return NotImplemented
+    if indices.dtype not in INDEX_DTYPES:
         return NotImplemented
     if not _in_range(indices, table.shape[0]):
         # The kernel raises its own error before it reads a value; memory that is never touched costs nothing.
@@ -93,6 +98,8 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _index_select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     table, dim, indices = args
+    if indices.dim() > 1:
+        return NotImplemented
     if not isinstance(table, OffloadedTensor) or not has_packed_rows(table) or dim % table.dim() != 0:
         return NotImplemented
     return rows_at(table, indices) if _in_range(indices, table.shape[0]) else NotImplemented

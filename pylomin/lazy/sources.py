@@ -108,7 +108,7 @@ def _read_buffer(fqn: str, buffer: torch.Tensor, store: WeightStore, dtype: torc
         raise WeightMismatchError(
             f"buffer '{fqn}' in {store.describe(fqn)}: found shape {list(info.shape)}, expected {list(buffer.shape)}."
         )
-    values = torch.empty(info.shape, dtype=info.dtype)
+    values = torch.empty(info.shape, dtype=info.dtype, device=CPU)
     if info.nbytes:
         store.read([ReadRequest(fqn, 0, byte_view(values))])
     wanted = dtype if dtype is not None and buffer.dtype.is_floating_point else buffer.dtype
@@ -158,12 +158,15 @@ def _to_write(tie: Tie) -> WeightToWrite:
         return WeightToWrite(
             tie.fqn, torch.uint8, (parameter.nbytes,), lambda: _in_memory_order(parameter).reshape(-1).view(torch.uint8)
         )
-    shape = tuple(_in_memory_order(parameter.detach().to("meta")).shape)
+    shape = tuple(parameter.shape[dim] for dim in _memory_order(parameter))
     return WeightToWrite(tie.fqn, parameter.dtype, shape, lambda: _in_memory_order(parameter))
 
 
 def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """Dimensions permuted so that the elements follow each other as in a copy of ``tensor``."""
+    return tensor.detach().permute(_memory_order(tensor)).contiguous()
+
+
+def _memory_order(tensor: torch.Tensor) -> list[int]:
     stride = dense_layout(tensor).stride
-    order = sorted(range(tensor.dim()), key=lambda dim: (-stride[dim], dim))
-    return tensor.detach().permute(order).contiguous()
+    return sorted(range(tensor.dim()), key=lambda dim: (-stride[dim], dim))

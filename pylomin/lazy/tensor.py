@@ -38,6 +38,7 @@ class OffloadedTensor(torch.Tensor):
     is_whole: bool  # it covers its weight as the weight is, so that the resident tensor can stand for it
     trainable: bool  # the parameter that it stands for, or is a view of, required grad
     pinned: torch.Tensor | None  # values that `data_ptr` gave an address of
+    parameter_class: type[nn.Parameter] = nn.Parameter  # of the parameter that it stands for
     chunk_rows: int | None = None  # rows of a lookup to hold at one time; see `chunked_embedding`
 
     @staticmethod
@@ -94,7 +95,14 @@ class OffloadedTensor(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """An ordinary tensor with these values, which nobody else sees."""
-        return self.of(self.weight.residency.load_private(self.weight))
+        if self.is_whole:
+            return self.of(self.weight.residency.load_private(self.weight))
+        weight, start, span = self.weight, int(self.storage_offset()), _span(self)
+        if weight.tensor is not None or not weight.keeps_order:
+            return self.of(weight.residency.load_private(weight))
+        with torch.inference_mode(False), torch.no_grad():
+            run = weight.residency.load_runs(weight, [(start, start + span)])
+            return run.clone().as_strided(self.size(), self.stride())
 
     def shared(self) -> torch.Tensor:
         """Like :meth:`materialize`, but tied weights share memory as long as somebody holds it. Not to be written."""
@@ -114,10 +122,18 @@ class OffloadedTensor(torch.Tensor):
         array.flags.writeable = False
         return array
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.materialize().__array__(*args, **kwargs)
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        array = self.materialize().numpy()
+        array = array if dtype is None else array.astype(dtype, copy=False)
+        if not copy:
+            array.flags.writeable = False  # writing to it could not reach the weight
+        return array
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
+        """Of a copy: writing to what is made of it does not reach the weight."""
         return self.materialize().__dlpack__(**kwargs)
 
     def tolist(self) -> Any:
@@ -155,6 +171,7 @@ class OffloadedTensor(torch.Tensor):
             values = OffloadedTensor(weight.residency.take_over(weight, values))
         torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
         self.weight, self.is_whole = values.weight, values.is_whole
+        self.weight.transient = False
         self.pinned = None
 
     @property
@@ -167,17 +184,21 @@ class OffloadedTensor(torch.Tensor):
 
     def requires_grad_(self, requires_grad: bool = True) -> OffloadedTensor:
         """Only ``False`` works. Gradients flow through offloaded weights, not into them."""
-        if requires_grad:
+        if requires_grad and not isinstance(self, nn.Parameter):
+            self.trainable = True  # nn.Parameter(...) asks for it
+        elif requires_grad:
             raise OffloadedWriteError(
                 f"weight '{self.weight.name}' is offloaded and cannot require grad: there is no memory to accumulate "
                 "it in. Keep the modules you train in memory (lazy_loading(model, skip_modules=[...])), or undo "
                 "offloading first with pylomin.restore(model)."
             )
+        else:
+            self.trainable = False
         return self
 
     def to_parameter(self) -> nn.Parameter:
         """The ordinary parameter that it stands for, with the attributes that users gave it."""
-        parameter = nn.Parameter(self.shared(), requires_grad=self.trainable)
+        parameter: nn.Parameter = torch.Tensor._make_subclass(self.parameter_class, self.shared(), self.trainable)
         own = OffloadedTensor.__annotations__
         parameter.__dict__.update({k: v for k, v in self.attributes().items() if k not in own})
         return parameter
@@ -205,6 +226,13 @@ class OffloadedTensor(torch.Tensor):
         memo[id(self)] = clone
         return clone
 
+    def __copy__(self) -> OffloadedTensor:
+        clone = OffloadedTensor(self.weight, self.size(), self.stride(), int(self.storage_offset()))
+        if isinstance(self, nn.Parameter):
+            clone = as_parameter(clone)
+        clone.__dict__.update(self.attributes())
+        return clone
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the ordinary tensor or parameter, so that whoever loads it does not need pylomin."""
         values = self.to_parameter() if isinstance(self, nn.Parameter) else self.shared()
@@ -220,6 +248,7 @@ def as_parameter(tensor: OffloadedTensor, *, trainable: bool = False) -> Offload
     with torch.inference_mode(False):
         parameter: OffloadedTensor = nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
     parameter.trainable = trainable
+    parameter.weight.transient = False
     return parameter
 
 
@@ -268,7 +297,7 @@ def _values(offloaded: Sequence[OffloadedTensor], held: ExitStack) -> dict[int, 
         weight = tensor.weight
         if weight.tensor is None and weight.keeps_order and span < weight.layout.numel:
             run = weight.residency.load_runs(weight, [(start, start + span)])
-            values[id(tensor)] = run.as_strided(tensor.size(), tensor.stride(), 0)
+            values[id(tensor)] = run.as_strided(tensor.size(), tensor.stride(), run.storage_offset())
         else:
             whole.append(tensor)
     for residency in {tensor.weight.residency: None for tensor in whole}:
@@ -311,7 +340,8 @@ def _run_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targe
     for target in targets:
         weight = target.weight
         if weight not in bases:
-            overwritten = func is aten.copy_.default and target.is_whole
+            others = [a for a in tree_flatten((args[1:], kwargs))[0] if isinstance(a, OffloadedTensor)]
+            overwritten = func is aten.copy_.default and target.is_whole and all(a.weight is not weight for a in others)
             bases[weight] = weight.layout.empty() if overwritten else weight.residency.load_private(weight)
     real = {id(target): target.of(bases[target.weight]) for target in targets}
     if func.overloadpacket in (aten.set_, aten.resize_, aten.resize_as_):
@@ -325,6 +355,11 @@ def _run_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targe
         values |= real
         args, kwargs = tree_unflatten([values.get(id(leaf), leaf) for leaf in leaves], spec)
         result = func(*args, **kwargs)
+    for target in targets:
+        written = real[id(target)]
+        moved = written.untyped_storage()._cdata != bases[target.weight].untyped_storage()._cdata
+        if moved or written.size() != target.size() or written.stride() != target.stride():
+            raise _new_storage_error(func, target)
     for weight, base in bases.items():
         weight.residency.write(weight, base)
     back = {id(values): target for target in targets for values in [real[id(target)]]}
@@ -335,11 +370,15 @@ def _run_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targe
 def _refuse_new_storage(func: Any, target: OffloadedTensor, values: torch.Tensor, args: tuple[Any, ...]) -> None:
     source = args[1] if len(args) > 1 else None
     same = isinstance(source, torch.Tensor) and source.shape == values.shape and source.dtype == values.dtype
-    if func.overloadpacket is not aten.set_ or not same:
-        raise OffloadedWriteError(
-            f"{func} would give weight '{target.weight.name}' another size or storage, which an offloaded weight "
-            "cannot take. Assign a new parameter to its module, or pylomin.restore(model) first."
-        )
+    if func.overloadpacket is not aten.set_ or not same or not isinstance(target, nn.Parameter):
+        raise _new_storage_error(func, target)
+
+
+def _new_storage_error(func: Any, target: OffloadedTensor) -> OffloadedWriteError:
+    return OffloadedWriteError(
+        f"{func} would give weight '{target.weight.name}' another size or storage, which an offloaded weight "
+        "cannot take. Assign a new parameter to its module, or pylomin.restore(model) first."
+    )
 
 
 @dataclass(frozen=True, slots=True)

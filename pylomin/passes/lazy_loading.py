@@ -76,6 +76,8 @@ def lazy_loading(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if storage not in ("disk", "cpu"):
         raise PassError(f"storage is {storage!r}; expected 'disk' or 'cpu'.")
+    if storage == "cpu" and weights is not None:
+        raise PassError("storage='cpu' keeps the values in memory, and weights= reads them from a store; give one.")
     if output_dir is not None and (storage == "cpu" or weights is not None):
         raise PassError("output_dir is for weights that are written; with storage='cpu' or weights=, none are.")
     execution_device = None if device is None else torch.empty(0, device=device).device
@@ -125,10 +127,14 @@ def check_parameter(tie: Tie, *, has_weights: bool = False) -> None:
     """Raises PassError if the parameter cannot be offloaded."""
     parameter = tie.parameter
     problem = None
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    if any(isinstance(slot.module, torch.jit.ScriptModule) for slot in tie.slots):
+        problem = "belongs to a torch.jit module, whose code reads it without Python; skip its module"
+    elif isinstance(parameter, nn.parameter.UninitializedParameter):
         problem = "is uninitialized; run the model once, so that it gets a shape"
     elif parameter.grad is not None:
         problem = "has a gradient, which would be lost; call model.zero_grad(set_to_none=True)"
+    elif parameter._backward_hooks:
+        problem = "has gradient hooks, which would never run; remove them"
     elif type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         problem = f"is a {type(parameter).__name__}, whose memory is not that of a plain tensor; skip its module"
     elif parameter.layout != torch.strided or parameter.is_quantized:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pylomin.errors import PassError
-from pylomin.lazy.module import original_class
+from pylomin.lazy.module import LazyModule, original_class
 from pylomin.lazy.offload import offloaded_slots, residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.selection import ModuleT, check_model
@@ -23,7 +23,7 @@ def restore(model: ModuleT) -> ModuleT:
     """
     check_model(model)
     slots = offloaded_slots(model)
-    swapped = [module for module in model.modules() if original_class(type(module)) is not type(module)]
+    swapped = [module for module in model.modules() if isinstance(module, LazyModule)]
     if not slots and not swapped:
         raise PassError("there is nothing to restore: no pass was applied to this model.")
     residencies = residencies_of(model)
@@ -34,7 +34,11 @@ def restore(model: ModuleT) -> ModuleT:
     for slot, offloaded in slots:
         slot.module._parameters[slot.name] = ordinary[offloaded]
     for module in swapped:
-        module.__class__ = original_class(type(module))
+        cls = type(module)
+        if original_class(cls) is not cls:
+            object.__setattr__(module, "__class__", original_class(cls))
+        else:  # somebody made a subclass of the lazy class for this module, as parametrize does
+            cls.__bases__ = tuple(original_class(base) for base in cls.__bases__)
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()
     for residency in residencies:

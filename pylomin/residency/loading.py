@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pylomin.errors import PylominError
+from pylomin.errors import without_frames
 from pylomin.io.buffers import BufferPool, aligned
 from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
@@ -59,9 +59,17 @@ class Piece:
         layout = self.source.layout
         stored = store.tensor(self.source.name).detach()
         if self.runs is None:
-            return stored.as_strided(layout.shape, layout.stride)
+            return _copied_when_written(stored).as_strided(layout.shape, layout.stride)
         runs = [stored.as_strided((b - a,), (1,), stored.storage_offset() + a) for a, b in self.runs]
-        return runs[0] if len(runs) == 1 else torch.cat(runs)
+        return runs[0] if len(runs) == 1 else torch.cat(runs) if runs else stored.new_empty(0)
+
+
+def _copied_when_written(stored: torch.Tensor) -> torch.Tensor:
+    """The same memory until somebody writes to what is returned."""
+    try:
+        return torch._lazy_clone(stored)
+    except RuntimeError:
+        return stored.clone()
 
 
 @dataclass(slots=True)
@@ -96,12 +104,17 @@ def try_reserve(pool: BufferPool, pieces: Sequence[Piece]) -> Room | None:
 
 def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
     """Read and convert; one tensor for each piece, in the execution layout. Needs no lock."""
+    with torch._C._DisableFuncTorch():
+        return _load(pieces, room)
+
+
+def _load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
     try:
         tensors = _read(pieces, room.buffer)
     except BaseException as error:
         room.buffer = None
         room.conversions.clear()
-        raise _without_frames(error)  # noqa: B904
+        raise without_frames(error)  # noqa: B904
     attach = iter(room.conversions)
     with torch.inference_mode(False), torch.no_grad():
         for i, piece in enumerate(pieces):
@@ -110,15 +123,6 @@ def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
                 next(attach)(converted)
                 tensors[i] = converted
     return tensors
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """Whoever keeps an error keeps its frames, and these have the buffer. Our own texts say what frames would."""
-    if isinstance(error, PylominError):
-        cause: BaseException | None = error
-        while cause is not None:
-            cause = cause.with_traceback(None).__cause__ or cause.__context__
-    return error
 
 
 def _read(pieces: Sequence[Piece], buffer: ctypes.Array[ctypes.c_char] | None) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ class Overlay:
 
     def __init__(self) -> None:
         self._store: OverlayStore | None = None
+        self._count = 0
 
     def keep(self, weight: Weight, values: torch.Tensor, layout: Layout) -> Source:
         """A copy of ``values``, as a source for ``weight``; ``layout`` is that of compute memory.
@@ -32,7 +33,8 @@ class Overlay:
             return Source(MemoryStore({weight.name: flat}), weight.name, stored)
         if self._store is None:
             self._store = OverlayStore(ScratchDirectory())
-        name = f"{weight.name}#{weight.index}.{weight.writes}"
+        self._count += 1
+        name = f"{weight.name}#{self._count}"
         try:
             self._store.write(name, flat)
         except ScratchError as error:

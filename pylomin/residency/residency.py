@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from pylomin.errors import BudgetError
+from pylomin.errors import BudgetError, ScratchError, without_frames
 from pylomin.io.buffers import BufferPool
 from pylomin.residency import loading
 from pylomin.residency.hold import Hold
@@ -38,6 +38,7 @@ class Loaded:
     nbytes: int
     kept: bool = False  # a resident: counted against the part of the budget outside the window
     used: bool = False
+    spoiled: bool = False  # written to, and the write could not be kept
 
 
 class Residency:
@@ -162,13 +163,12 @@ class Residency:
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
         with self.lock:
-            try:
-                for weight in hold.pinned:
-                    self._keep_writes(weight)
-            finally:
-                self.load_failed(hold.claimed)
-                hold.claimed = []
-                self._unpin(hold)
+            errors = [error for weight in hold.pinned if (error := self._keep_writes(weight)) is not None]
+            self.load_failed(hold.claimed)
+            hold.claimed = []
+            self._unpin(hold)
+        if errors:
+            raise errors[0]
 
     def load_private(self, weight: Weight) -> torch.Tensor:
         """All values, in a tensor that nobody else sees."""
@@ -207,7 +207,6 @@ class Residency:
         layout = dense_layout(values)
         with self.lock:
             source = self._overlay.keep(weight, values, layout)
-            weight.writes += 1
         return Weight(weight.name, source, self, () if source.layout == layout else (layout,))
 
     # -- under the lock ---------------------------------------------------------------------------------------------
@@ -242,6 +241,8 @@ class Residency:
             self._idle.pop(loaded, None)
         self._stats.loads += missed
         self._stats.hits += not missed
+        if any(weight.transient for weight in hold.weights):
+            return
         self.trace.record(tuple(weight.index for weight in hold.weights))
         if self._prefetcher is not None:
             self._prefetcher.schedule(self)
@@ -253,7 +254,7 @@ class Residency:
 
     def load_finished(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> None:
         loaded = Loaded(tuple(weight.index for weight in weights), sum(weight.peak_load_bytes for weight in weights))
-        with torch.inference_mode(False):
+        with torch._C._DisableFuncTorch(), torch.inference_mode(False):
             for weight, tensor in zip(weights, tensors, strict=True):
                 weight.tensor = ResidentParameter(tensor, requires_grad=False)
                 weight.loaded_version = weight.tensor._version
@@ -295,13 +296,13 @@ class Residency:
         most recently used would never hit.
         """
         budget = self.memory_budget
-        if not loaded.kept and budget is not None:
+        if not loaded.kept and not loaded.spoiled and budget is not None:
             self._forget_replaced()
             window_bytes = (1 + self.depth) * self._largest_bytes
             if self._kept_bytes + loaded.nbytes + window_bytes <= budget:
                 loaded.kept = True
                 self._kept_bytes += loaded.nbytes
-        if loaded.kept:
+        if loaded.kept and not loaded.spoiled:
             self._idle[loaded] = None
         else:
             self._drop(loaded)
@@ -382,12 +383,19 @@ class Residency:
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
-    def _keep_writes(self, weight: Weight) -> None:
-        """A forward that wrote to its resident weight wrote to the weight."""
+    def _keep_writes(self, weight: Weight) -> ScratchError | None:
+        """A forward that wrote to its resident weight wrote to the weight; or did not, and here is why."""
         tensor = weight.tensor
-        if tensor is not None and tensor._version != weight.loaded_version:
-            weight.loaded_version = tensor._version
+        if tensor is None or tensor._version == weight.loaded_version:
+            return None
+        weight.loaded_version = tensor._version
+        try:
             self._redirect(weight, tensor)
+        except ScratchError as error:
+            weight.loaded.spoiled = True
+            without_frames(error)
+            return error
+        return None
 
     def _redirect(self, weight: Weight, values: torch.Tensor) -> None:
         """From now on the weight's bytes are a copy of ``values`` that is this model's own."""
@@ -395,7 +403,6 @@ class Residency:
         weight.source = self._overlay.keep(weight, values, layout)
         weight.writes += 1
         weight.conversions = () if weight.source.layout == layout else (layout,)
-        weight.converted = {}
         weight.shared = None
 
     def _reset_after_fork(self) -> None:

@@ -110,7 +110,6 @@ class Weight:
     __slots__ = (
         "__weakref__",
         "conversions",
-        "converted",
         "error",
         "holds",
         "index",
@@ -122,6 +121,7 @@ class Weight:
         "source",
         "state",
         "tensor",
+        "transient",
         "twin",
         "writes",
     )
@@ -136,8 +136,8 @@ class Weight:
         self.name = name  # fully qualified, of its first owner
         self.source = source
         self.conversions = conversions  # layouts that the stored tensor is copied into, one after the other
-        self.converted: dict[Layout, Weight] = {}  # weights that `.to()` made of this one
         self.residency = residency
+        self.transient = False  # made by an operation, perhaps anew in each forward: no part of any order
         self.writes = 0
         self.shared: weakref.ref[torch.UntypedStorage] | None = None  # values given out to be pickled or pointed at
         self.state = State.OFFLOADED
@@ -173,11 +173,10 @@ class Weight:
 
     def convert(self, layout: Layout) -> Weight:
         """This weight as ``.to(...)`` would copy it; loaded from the same bytes."""
-        if layout == self.layout:
-            return self
-        if layout not in self.converted:
-            self.converted[layout] = Weight(self.name, self.source, self.residency, (*self.conversions, layout))
-        return self.converted[layout]
+        steps = self.conversions if layout == self.layout else (*self.conversions, layout)
+        converted = Weight(self.name, self.source, self.residency, steps)
+        converted.transient = True
+        return converted
 
     def trainable_twin(self) -> ResidentParameter:
         """The resident tensor as one that requires grad, for use while gradients are off.
@@ -186,6 +185,7 @@ class Weight:
         """
         assert self.tensor is not None
         if self.twin is None:
-            with torch.inference_mode(False):
+            # Outside of torch.func transforms, which would wrap it and end before it does.
+            with torch._C._DisableFuncTorch(), torch.inference_mode(False):
                 self.twin = ResidentParameter(self.tensor.detach(), requires_grad=True)
         return self.twin

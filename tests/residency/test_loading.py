@@ -132,7 +132,10 @@ def test_weights_in_memory_are_not_copied(residency: Residency) -> None:
 
 def test_several_stores_in_one_group(residency: Residency) -> None:
     """One read of each; those in memory are not read at all."""
-    first, second = CountingStore({"a": torch.ones(4), "c": torch.full((4,), 3.0)}), CountingStore({"b": torch.zeros(4)})
+    first, second = (
+        CountingStore({"a": torch.ones(4), "c": torch.full((4,), 3.0)}),
+        CountingStore({"b": torch.zeros(4)}),
+    )
     memory = MemoryStore({"d": torch.full((4,), 4.0)})
     pieces = [
         Piece(weight_of(store, name, residency))
@@ -182,9 +185,7 @@ def test_a_failed_read_gives_its_memory_back_while_the_error_lives(residency: Re
 )
 def test_any_runs_of_any_dtypes(dtypes: list[torch.dtype], data: st.DataObject) -> None:
     residency = Residency()
-    tensors = {
-        str(i): torch.randn(data.draw(st.integers(1, 40))).mul(50).to(dtype) for i, dtype in enumerate(dtypes)
-    }
+    tensors = {str(i): torch.randn(data.draw(st.integers(1, 40))).mul(50).to(dtype) for i, dtype in enumerate(dtypes)}
     store = CountingStore(tensors)
     pieces, expected, weights = [], [], []
     for name, tensor in tensors.items():

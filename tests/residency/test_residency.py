@@ -278,7 +278,9 @@ def test_a_budget_of_exactly_the_model_reads_almost_once() -> None:
 
 
 def test_residents_make_way_for_a_larger_group() -> None:
-    store = CountingStore({**{str(i): torch.full((NUMEL,), float(i)) for i in range(4)}, "large": torch.ones(4 * NUMEL)})
+    store = CountingStore(
+        {**{str(i): torch.full((NUMEL,), float(i)) for i in range(4)}, "large": torch.ones(4 * NUMEL)}
+    )
     residency = Residency(5 * NBYTES)
     small = [[weight_of(store, str(i), residency)] for i in range(4)]
     large = [weight_of(store, "large", residency)]
@@ -366,9 +368,7 @@ def test_waiting_for_memory_ends_when_nobody_can_let_go() -> None:
         except BudgetError as error:
             outcomes.append(error.__class__)
 
-    threads = [
-        threading.Thread(target=work, args=arguments, daemon=True) for arguments in ((a, c), (b, d))
-    ]
+    threads = [threading.Thread(target=work, args=arguments, daemon=True) for arguments in ((a, c), (b, d))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -98,7 +98,9 @@ def lock_of(residency: Residency) -> Any:
 
 def settled(residency: Residency, patience_s: float = 5.0) -> bool:
     """No background read is under way."""
-    return ends(lambda: not any(weight.state is State.LOADING for weight in list(residency._weights.values())), patience_s)
+    return ends(
+        lambda: not any(weight.state is State.LOADING for weight in list(residency._weights.values())), patience_s
+    )
 
 
 def assert_nothing_held(model: nn.Module, *, resident_bytes: int = 0) -> None:

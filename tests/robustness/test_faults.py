@@ -501,19 +501,19 @@ def test_no_room_for_a_write(writes: FailingWrites, budget: str | None) -> None:
     """The old value stays, in memory and in the store."""
     x, expected, model = stack_pair(2, memory_budget=budget)
     with torch.no_grad():
-        model.layers[0].bias.add_(1)
+        model.layers[0].bias.mul_(2)
     changed = forward(model, x)
     assert not torch.equal(changed, expected)
     writes.fails = True
     for _ in range(2):
         with pytest.raises(pylomin.ScratchError, match="No space left") as caught, torch.no_grad():
-            model.layers[0].bias.add_(1)
+            model.layers[0].bias.mul_(2)
         assert "'layers.0.bias'" in str(caught.value), "the text names the weight"
         assert torch.equal(forward(model, x), changed)
     writes.fails = False
     assert torch.equal(forward(model, x), changed)
     with torch.no_grad():
-        model.layers[0].bias.sub_(1)
+        model.layers[0].bias.mul_(0.5)
     assert torch.equal(forward(model, x), expected)
     assert_nothing_held(model, resident_bytes=5 << 20 if budget else 0)
 
