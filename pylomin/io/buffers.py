@@ -118,10 +118,6 @@ class BufferPool:
             self._collect()
             self._drop_free(0)
 
-    def reset_after_fork(self) -> None:
-        """In a forked child: a thread that held the lock does not exist here."""
-        self._lock = threading.Lock()
-
     @property
     def free_bytes(self) -> int:
         return sum(block.capacity_bytes for block in self._free)
@@ -165,7 +161,9 @@ class BufferPool:
         capacity = aligned(nbytes, PAGE_BYTES)
         if not self._make_room(capacity):
             return None
-        return _Block(mmap.mmap(-1, capacity), 0, capacity)
+        # Private: Python's default would let a forked child read its weights into our memory.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return _Block(mmap.mmap(-1, capacity, flags=flags), 0, capacity)
 
     def _make_room(self, nbytes: int) -> bool:
         if self.limit_bytes is None:

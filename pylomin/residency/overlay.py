@@ -18,6 +18,7 @@ class Overlay:
 
     def __init__(self) -> None:
         self._store: OverlayStore | None = None
+        self._in_child = False
         self._count = 0
 
     def keep(self, weight: Weight, values: torch.Tensor, layout: Layout) -> Source:
@@ -32,7 +33,10 @@ class Overlay:
         if weight.source.memory is not None:
             return Source(MemoryStore({weight.name: flat}), weight.name, stored)
         if self._store is None:
-            self._store = OverlayStore(ScratchDirectory())
+            scratch = ScratchDirectory()
+            self._store = OverlayStore(scratch)
+            if self._in_child:
+                scratch.close()  # children end without exit handlers; the file lives on, without a name, while it is open
         self._count += 1
         name = f"{weight.name}#{self._count}"
         try:
@@ -44,3 +48,4 @@ class Overlay:
     def reset_after_fork(self) -> None:
         """The file is the parent's: what is read from it stays readable, new writes go to another."""
         self._store = None
+        self._in_child = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -407,16 +408,28 @@ class Residency:
 
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
-        me = threading.get_ident()
         self.lock = threading.RLock()
         self._changed = threading.Condition(self.lock)
         self._waiting = {}
-        self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self.depth) if self.depth else None
-        self.pool.reset_after_fork()
+        # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
+        self.pool = BufferPool(self.memory_budget)
         with self.lock:
             self.load_failed(list(self._weights.values()))
+            self._release_other_threads()
+            for loaded in list(self._idle):
+                self._drop(loaded)
+
+    def _release_other_threads(self) -> None:
+        me = threading.get_ident()
+        if set(self._holders) <= {me}:
+            return
+        # Found by the garbage collector, because keeping a list of them would cost time in every forward.
+        for hold in gc.get_objects():
+            if type(hold) is Hold and hold.residency is self and hold.thread_id != me:
+                self._unpin(hold)
+        self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
 
 
 def _unchanged(weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> bool:

@@ -30,7 +30,7 @@ def residency() -> Residency:
 def test_a_group_is_one_read_into_one_buffer(residency: Residency) -> None:
     tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.tensor(2.0)}
     store = CountingStore(tensors)
-    loaded = load(BufferPool(), *(Piece(weight_of(store, name, residency)) for name in tensors))
+    loaded = load(BufferPool(), *(Piece.of(weight_of(store, name, residency)) for name in tensors))
     assert all(torch.equal(x, y) for x, y in zip(loaded, tensors.values(), strict=True))
     assert [x.dtype for x in loaded] == [torch.float32, torch.int64, torch.float32]
     assert len(store.reads) == 1
@@ -42,7 +42,7 @@ def test_a_group_is_one_read_into_one_buffer(residency: Residency) -> None:
 def test_the_ledger_counts_the_group(residency: Residency) -> None:
     pool = BufferPool()
     store = CountingStore({"a": torch.ones(3), "b": torch.ones(17)})
-    pieces = [Piece(weight_of(store, name, residency)) for name in "ab"]
+    pieces = [Piece.of(weight_of(store, name, residency)) for name in "ab"]
     assert loading.needed_bytes(pieces) == (64 + 128, [])
     loaded = load(pool, *pieces)
     assert pool.in_use_bytes() == 192
@@ -55,7 +55,7 @@ def test_the_ledger_counts_the_group(residency: Residency) -> None:
 def test_no_room() -> None:
     residency = Residency()
     store = CountingStore({"a": torch.ones(100), "b": torch.ones(100)})
-    pieces = [Piece(weight_of(store, name, residency)) for name in "ab"]
+    pieces = [Piece.of(weight_of(store, name, residency)) for name in "ab"]
     pool = BufferPool(limit_bytes=800)
     assert loading.try_reserve(pool, pieces) is None
     assert loading.try_reserve(pool, pieces[:1]) is not None
@@ -66,7 +66,7 @@ def test_no_room_for_the_second_of_two_reservations() -> None:
     """What was reserved first goes back."""
     residency = Residency()
     store = CountingStore({"a": torch.ones(100, dtype=torch.bfloat16)})
-    piece = Piece(weight_of(store, "a", residency, layout(torch.float32, 100)))
+    piece = Piece.of(weight_of(store, "a", residency, layout(torch.float32, 100)))
     assert loading.needed_bytes([piece]) == (256, [400])
     pool = BufferPool(limit_bytes=500)
     assert loading.try_reserve(pool, [piece]) is None
@@ -79,7 +79,7 @@ def test_conversions_are_counted_and_the_stored_bytes_leave(residency: Residency
     pool = BufferPool()
     stored = torch.randn(100).to(torch.bfloat16)
     store = CountingStore({"a": stored})
-    piece = Piece(weight_of(store, "a", residency, layout(torch.float32, 100), layout(torch.float64, 100)))
+    piece = Piece.of(weight_of(store, "a", residency, layout(torch.float32, 100), layout(torch.float64, 100)))
     (loaded,) = load(pool, piece)
     assert loaded.dtype == torch.float64
     assert torch.equal(loaded, stored.double())
@@ -95,14 +95,14 @@ def test_strides_are_kept(residency: Residency) -> None:
     store = CountingStore({"a": values.t().contiguous()})
     weight = weight_of(store, "a", residency)
     weight.source.layout = Layout(torch.float32, (4, 6), (1, 4), CPU)
-    (loaded,) = load(BufferPool(), Piece(weight))
+    (loaded,) = load(BufferPool(), Piece.of(weight))
     assert loaded.stride() == (1, 4)
     assert torch.equal(loaded, values)
 
 
 def test_runs_are_packed(residency: Residency) -> None:
     store = CountingStore({"a": torch.arange(100.0)})
-    piece = Piece(weight_of(store, "a", residency), ((3, 6), (10, 11), (50, 60)))
+    piece = Piece.of(weight_of(store, "a", residency), ((3, 6), (10, 11), (50, 60)))
     (loaded,) = load(BufferPool(), piece)
     assert loaded.tolist() == [3.0, 4.0, 5.0, 10.0, *map(float, range(50, 60))]
     assert store.reads == [[("a", 12, 12), ("a", 40, 4), ("a", 200, 40)]]
@@ -110,7 +110,7 @@ def test_runs_are_packed(residency: Residency) -> None:
 
 def test_runs_with_a_conversion(residency: Residency) -> None:
     store = CountingStore({"a": torch.arange(100).to(torch.float16)})
-    piece = Piece(weight_of(store, "a", residency, layout(torch.float32, 100)), ((98, 100), (0, 2)))
+    piece = Piece.of(weight_of(store, "a", residency, layout(torch.float32, 100)), ((98, 100), (0, 2)))
     (loaded,) = load(BufferPool(), piece)
     assert loaded.dtype == torch.float32
     assert loaded.tolist() == [98.0, 99.0, 0.0, 1.0]
@@ -120,9 +120,9 @@ def test_weights_in_memory_are_not_copied(residency: Residency) -> None:
     tensor = torch.randn(5, 3)
     pool = BufferPool()
     weight = weight_of(MemoryStore({"a": tensor}), "a", residency)
-    (whole,) = load(pool, Piece(weight))
-    (run,) = load(pool, Piece(weight, ((3, 9),)))
-    (runs,) = load(pool, Piece(weight, ((3, 5), (14, 15))))
+    (whole,) = load(pool, Piece.of(weight))
+    (run,) = load(pool, Piece.of(weight, ((3, 9),)))
+    (runs,) = load(pool, Piece.of(weight, ((3, 5), (14, 15))))
     assert whole.data_ptr() == tensor.data_ptr()
     assert run.data_ptr() == tensor.data_ptr() + 12
     assert torch.equal(run, tensor.view(-1)[3:9])
@@ -138,7 +138,7 @@ def test_several_stores_in_one_group(residency: Residency) -> None:
     )
     memory = MemoryStore({"d": torch.full((4,), 4.0)})
     pieces = [
-        Piece(weight_of(store, name, residency))
+        Piece.of(weight_of(store, name, residency))
         for store, name in ((first, "a"), (second, "b"), (first, "c"), (memory, "d"))
     ]
     loaded = load(BufferPool(), *pieces)
@@ -148,7 +148,7 @@ def test_several_stores_in_one_group(residency: Residency) -> None:
 
 def test_empty_weights(residency: Residency) -> None:
     store = CountingStore({"a": torch.empty(0, 4), "b": torch.ones(2)})
-    pieces = [Piece(weight_of(store, name, residency)) for name in "ab"]
+    pieces = [Piece.of(weight_of(store, name, residency)) for name in "ab"]
     loaded = load(BufferPool(), *pieces)
     assert [tuple(x.shape) for x in loaded] == [(0, 4), (2,)]
     (only,) = load(BufferPool(), pieces[0])
@@ -159,7 +159,7 @@ def test_empty_weights(residency: Residency) -> None:
 def test_loaded_tensors_are_ordinary(residency: Residency, inference: bool) -> None:
     """Not inference tensors, wherever they are loaded; autograd may save them later."""
     store = CountingStore({"a": torch.ones(4), "b": torch.ones(4, dtype=torch.float64)})
-    pieces = [Piece(weight_of(store, "a", residency)), Piece(weight_of(store, "b", residency, layout(torch.half, 4)))]
+    pieces = [Piece.of(weight_of(store, "a", residency)), Piece.of(weight_of(store, "b", residency, layout(torch.half, 4)))]
     with torch.inference_mode(inference):
         loaded = load(BufferPool(), *pieces)
     assert not any(x.is_inference() or x.requires_grad for x in loaded)
@@ -168,7 +168,7 @@ def test_loaded_tensors_are_ordinary(residency: Residency, inference: bool) -> N
 def test_a_failed_read_gives_its_memory_back_while_the_error_lives(residency: Residency) -> None:
     pool = BufferPool()
     store = CountingStore({"a": torch.ones(100), "b": torch.ones(4, dtype=torch.half)})
-    pieces = [Piece(weight_of(store, "a", residency)), Piece(weight_of(store, "b", residency, layout(torch.float, 4)))]
+    pieces = [Piece.of(weight_of(store, "a", residency)), Piece.of(weight_of(store, "b", residency, layout(torch.float, 4)))]
     store.close()
     room = loading.try_reserve(pool, pieces)
     assert room is not None
@@ -194,10 +194,10 @@ def test_any_runs_of_any_dtypes(dtypes: list[torch.dtype], data: st.DataObject) 
         if data.draw(st.booleans()):
             cuts = sorted(data.draw(st.lists(st.integers(0, len(tensor)), min_size=2, max_size=6, unique=True)))
             runs = tuple(zip(cuts[::2], cuts[1::2], strict=False))
-            pieces.append(Piece(weight, runs))
+            pieces.append(Piece.of(weight, runs))
             expected.append(torch.cat([tensor[a:b] for a, b in runs]))
         else:
-            pieces.append(Piece(weight))
+            pieces.append(Piece.of(weight))
             expected.append(tensor)
     pool = BufferPool()
     loaded = load(pool, *pieces)
