@@ -49,13 +49,18 @@ class _Block:
     capacity_bytes: int
 
 
-@dataclass(eq=False, slots=True)
-class _Return:
-    """What a finalizer puts back; ``block`` is None for memory that the pool only counts."""
+class _Ticket(weakref.ref[Any]):
+    """Refers to what is handed out, and knows what to take back when that dies.
 
-    block: _Block | None
+    Its callback is the ``append`` of a deque: no Python code, which an interrupt could stop half-way.
+    """
+
+    __slots__ = ("block", "capacity_bytes", "counted", "nbytes")
+
+    block: _Block | None  # None for memory that the pool only counts
     capacity_bytes: int
-    counted: bool = False  # in the ledger; an interrupt may come between taking and counting
+    nbytes: int
+    counted: bool  # in the ledger; an interrupt may come between taking and counting
 
 
 class BufferPool:
@@ -71,8 +76,9 @@ class BufferPool:
         self.peak_bytes = 0
         self._recent_peak_bytes = 0  # fades, so that one large load does not keep its memory for good
         self._free: list[_Block] = []  # oldest first
-        # Finalizers run in any thread at any moment, also inside our own critical sections: they only append here.
-        self._returned: deque[_Return] = deque()
+        self._out: dict[int, _Ticket] = {}  # by id
+        # Callbacks run in any thread at any moment, also inside our own critical sections: they only append here.
+        self._returned: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
     def try_take(self, nbytes: int) -> ctypes.Array[ctypes.c_char] | None:
@@ -83,7 +89,7 @@ class BufferPool:
             if block is None:
                 return None
             buffer = (ctypes.c_char * nbytes).from_buffer(block.memory, block.offset_bytes)
-            self._count(buffer, _Return(block, block.capacity_bytes), nbytes)
+            self._count(buffer, block, block.capacity_bytes, nbytes)
             return buffer
 
     def try_adopt(self, nbytes: int) -> Callable[[torch.Tensor], None] | None:
@@ -96,14 +102,18 @@ class BufferPool:
             if not self._make_room(nbytes):
                 return None
             reservation = _Reservation()
-            self._count(reservation, _Return(None, nbytes), nbytes)
+            self._count(reservation, None, nbytes, nbytes)
         return reservation.attach
 
     def in_use_bytes(self) -> int:
         """``live_bytes`` after taking back what has died meanwhile."""
+        self.collect()
+        return self.live_bytes
+
+    def collect(self) -> None:
+        """Take back what has died; otherwise that happens when memory is asked for."""
         with self._lock:
             self._collect()
-            return self.live_bytes
 
     def set_limit(self, limit_bytes: int | None) -> None:
         """Change the limit; free blocks are given up first. Live ones leave when their last view dies."""
@@ -122,9 +132,11 @@ class BufferPool:
     def free_bytes(self) -> int:
         return sum(block.capacity_bytes for block in self._free)
 
-    def _count(self, owner: object, returns: _Return, nbytes: int) -> None:
-        weakref.finalize(owner, _give_back, self._returned, returns, nbytes).atexit = False
-        self.live_bytes, returns.counted = self.live_bytes + returns.capacity_bytes, True
+    def _count(self, owner: object, block: _Block | None, capacity_bytes: int, nbytes: int) -> None:
+        ticket = _Ticket(owner, self._returned.append)
+        ticket.block, ticket.capacity_bytes, ticket.nbytes, ticket.counted = block, capacity_bytes, nbytes, False
+        self._out[id(ticket)] = ticket
+        self.live_bytes, ticket.counted = self.live_bytes + capacity_bytes, True
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         self._recent_peak_bytes = max(self.live_bytes, self._recent_peak_bytes - self._recent_peak_bytes // 64)
         if self.limit_bytes is not None:
@@ -133,11 +145,15 @@ class BufferPool:
 
     def _collect(self) -> None:
         while self._returned:
-            returned = self._returned.popleft()
-            if returned.counted:
-                self.live_bytes, returned.counted = self.live_bytes - returned.capacity_bytes, False
-            if returned.block is not None and returned.capacity_bytes >= SMALL_BYTES:
-                self._free.append(returned.block)
+            ticket = self._returned[0]
+            if ticket.counted:  # no call between these two lines and no more than one statement, for interrupts
+                self.live_bytes, ticket.counted = self.live_bytes - ticket.capacity_bytes, False
+                _notify(-ticket.nbytes)
+            block, ticket.block = ticket.block, None
+            if block is not None and block.capacity_bytes >= SMALL_BYTES:
+                self._free.append(block)
+            self._out.pop(id(ticket), None)
+            self._returned.popleft()
         if self.limit_bytes is None:
             # Enough for every size that a round of layers needs; bounded by what is in use at one time.
             self._drop_free(2 * self._recent_peak_bytes)
@@ -174,12 +190,6 @@ class BufferPool:
     def _drop_free(self, keep_bytes: int) -> None:
         while self._free and self.free_bytes > keep_bytes:
             del self._free[0]
-
-
-def _give_back(returned: deque[_Return], what: _Return, nbytes: int) -> None:
-    returned.append(what)
-    if what.counted:
-        _notify(-nbytes)
 
 
 class _Reservation:

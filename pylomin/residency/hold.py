@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pylomin.residency.weight import Weight
 
 if TYPE_CHECKING:
-    from pylomin.residency.residency import Residency
+    from pylomin.residency.residency import Loaded, Residency
 
 
 class Hold:
@@ -19,11 +19,13 @@ class Hold:
     entering the block.
     """
 
-    __slots__ = ("claimed", "pinned", "residency", "thread_id", "weights")
+    __slots__ = ("claimed", "counted", "pinned", "residency", "thread_id", "unsettled", "weights")
 
     def __init__(self, residency: Residency, weights: Sequence[Weight]) -> None:
         self.pinned: list[Weight] = []
+        self.unsettled: list[Loaded] = []  # let go, and not decided yet whether it stays
         self.claimed: list[Weight] = []  # being loaded by this hold
+        self.counted = False  # among the holds of its thread
         self.residency = residency
         self.weights = weights
         self.thread_id = threading.get_ident()
@@ -39,5 +41,6 @@ class Hold:
         self.residency.release(self)
 
     def __del__(self) -> None:
-        if getattr(self, "pinned", None):  # an interrupt may have come before it was made
+        # Interrupted on the way out; or on the way in, perhaps before it was made.
+        if getattr(self, "pinned", None) or getattr(self, "unsettled", None):
             self.residency.release(self)

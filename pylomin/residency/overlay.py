@@ -36,7 +36,8 @@ class Overlay:
             scratch = ScratchDirectory()
             self._store = OverlayStore(scratch)
             if self._in_child:
-                scratch.close()  # children end without exit handlers; the file lives on, without a name, while it is open
+                # Children end without exit handlers. The file lives on, without a name, while it is open.
+                scratch.close()
         self._count += 1
         name = f"{weight.name}#{self._count}"
         try:

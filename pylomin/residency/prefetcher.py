@@ -122,6 +122,7 @@ def _serve(queue: SimpleQueue[_Job | None]) -> None:
     while (job := queue.get()) is not None:
         job.run()
         del job  # or this thread would keep the model alive while it waits
+    queue.put(None)  # for another thread: an interrupt may have come while the first was started
 
 
 def _end(queue: SimpleQueue[_Job | None], thread: threading.Thread, owner_pid: int) -> None:

@@ -145,7 +145,7 @@ class Residency:
             for weight in hold.weights:
                 weight.holds += 1
                 hold.pinned.append(weight)
-            self._holders[hold.thread_id] += 1
+            self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] + 1, True
         missed = False
         while True:
             with self.lock:
@@ -274,20 +274,22 @@ class Residency:
         self._changed.notify_all()
 
     def _unpin(self, hold: Hold) -> None:
-        touched: dict[Loaded, None] = {}
+        # An interrupt is delivered at calls: between any two of them this can stop, and be taken up again.
         while hold.pinned:
-            # No call between these lines: an interrupt is delivered at calls, and must not split them.
             weight = hold.pinned[-1]
+            if weight.loaded is not None and weight.loaded not in hold.unsettled:
+                hold.unsettled.append(weight.loaded)
             weight.holds -= 1
             del hold.pinned[-1]
-            if weight.loaded is not None:
-                touched[weight.loaded] = None
-        self._holders[hold.thread_id] -= 1
+        if hold.counted:
+            self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] - 1, False
         if self._holders[hold.thread_id] <= 0:
-            del self._holders[hold.thread_id]
-        for loaded in touched:
+            self._holders.pop(hold.thread_id, None)
+        while hold.unsettled:
+            loaded = hold.unsettled[-1]
             if all(member.holds == 0 for member in self._members(loaded)):
                 self._settle(loaded)
+            del hold.unsettled[-1]
         self._changed.notify_all()
 
     def _settle(self, loaded: Loaded) -> None:
@@ -301,8 +303,7 @@ class Residency:
             self._forget_replaced()
             window_bytes = (1 + self.depth) * self._largest_bytes
             if self._kept_bytes + loaded.nbytes + window_bytes <= budget:
-                loaded.kept = True
-                self._kept_bytes += loaded.nbytes
+                loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
         if loaded.kept and not loaded.spoiled:
             self._idle[loaded] = None
         else:
@@ -313,12 +314,13 @@ class Residency:
 
     def _drop(self, loaded: Loaded) -> None:
         if loaded.kept:
-            self._kept_bytes -= loaded.nbytes
+            loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
         self._stats.wasted += not loaded.used
         self._idle.pop(loaded, None)
         for weight in self._members(loaded):
             weight.state = State.OFFLOADED
             weight.tensor = weight.twin = weight.loaded = None
+        self.pool.collect()
 
     def _forget_replaced(self) -> None:
         """Weights that users replaced are gone, and what they took of the budget is free."""

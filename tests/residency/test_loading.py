@@ -118,13 +118,14 @@ def test_runs_with_a_conversion(residency: Residency) -> None:
 
 def test_weights_in_memory_are_not_copied(residency: Residency) -> None:
     tensor = torch.randn(5, 3)
+    address = tensor.data_ptr()  # asking again would make the copy that is otherwise made before a write
     pool = BufferPool()
     weight = weight_of(MemoryStore({"a": tensor}), "a", residency)
     (whole,) = load(pool, Piece.of(weight))
     (run,) = load(pool, Piece.of(weight, ((3, 9),)))
     (runs,) = load(pool, Piece.of(weight, ((3, 5), (14, 15))))
-    assert whole.data_ptr() == tensor.data_ptr()
-    assert run.data_ptr() == tensor.data_ptr() + 12
+    assert torch._C._data_address(whole) == address
+    assert torch._C._data_address(run) == address + 12
     assert torch.equal(run, tensor.view(-1)[3:9])
     assert torch.equal(runs, tensor.view(-1)[[3, 4, 14]])
     assert pool.peak_bytes == 0

@@ -103,7 +103,7 @@ def settled(residency: Residency, patience_s: float = 5.0) -> bool:
     )
 
 
-def assert_nothing_held(model: nn.Module, *, resident_bytes: int = 0) -> None:
+def assert_nothing_held(model: nn.Module, *, resident_bytes: int | None = 0) -> None:
     """No weight is pinned or half loaded, nobody owns the lock, the ledger counts what is resident."""
     for residency in residencies_of(model):
         assert_lock_free(residency)
@@ -114,7 +114,8 @@ def assert_nothing_held(model: nn.Module, *, resident_bytes: int = 0) -> None:
             assert (weight.state is State.RESIDENT) == (weight.tensor is not None), weight.name
         assert not residency._holders
         assert not residency._waiting
-        assert residency.pool.in_use_bytes() <= resident_bytes
+        in_use_bytes = residency.pool.in_use_bytes()
+        assert resident_bytes is None or in_use_bytes <= resident_bytes, "something stayed in memory"
 
 
 def assert_lock_free(residency: Residency) -> None:

@@ -16,7 +16,6 @@ import pylomin
 
 from .common import (
     Stack,
-    assert_lock_free,
     assert_nothing_held,
     faulty_stack,
     forward,
@@ -57,19 +56,23 @@ def _faults_after_interrupts(make: Callable[[], tuple[torch.Tensor, torch.Tensor
         with InterruptAt(n) as interrupt, torch.no_grad():
             model(x)
         try:
-            residency = only_residency(model)
-            assert_lock_free(residency)
-            resident_bytes = 0 if residency.memory_budget is None else residency.memory_budget
-            assert_nothing_held(model, resident_bytes=max(resident_bytes, residency.depth * group_bytes(model)))
-            assert torch.equal(run_in_thread(lambda: forward(model, x), patience_s=5), expected)
-            assert torch.equal(run_in_thread(lambda: forward(model, x), patience_s=5), expected)
+            assert_nothing_held(model, resident_bytes=None)
+            for _ in range(2):  # what the interrupt left in memory goes as memory is needed, or when it is used again
+                assert torch.equal(run_in_thread(lambda: forward(model, x), patience_s=5), expected)
+            assert_nothing_held(model, resident_bytes=_may_stay(model))
             run_in_thread(lambda: _assert_ledger_is_true(model), patience_s=5)
         except Exception as error:
-            faults.append(f"{interrupt.where} ({n} of {total}): {str(error).splitlines()[0]}")
+            faults.append(f"{interrupt.where} ({n} of {total}): {(str(error) or repr(error)).splitlines()[0]}")
             if len(faults) == 5:
                 break
             x, expected, model = make()
     return faults
+
+
+def _may_stay(model: torch.nn.Module) -> int:
+    """Residents, and what is read ahead."""
+    residency = only_residency(model)
+    return residency.depth * group_bytes(model) if residency.memory_budget is None else residency.memory_budget
 
 
 def _assert_ledger_is_true(model: torch.nn.Module) -> None:
@@ -104,7 +107,7 @@ def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(1, count.count + 1, max(1, count.count // SAMPLES)):
         with InterruptAt(n) as interrupt, torch.no_grad():
             bias.fill_(float(n))
-        assert_nothing_held(model)
+        assert_nothing_held(model, resident_bytes=None)
         value = bias.detach().clone()
         assert torch.equal(value, torch.full_like(value, float(value[0]))), interrupt.where
         assert value[0] in (float(n), before if n > 1 else 1.0), interrupt.where
@@ -145,9 +148,10 @@ def test_at_random_moments_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not thread.is_alive()
         stopped += outcome == [True]
     assert stopped > 100
-    residency = only_residency(model)
-    assert_nothing_held(model, resident_bytes=residency.memory_budget or 0)
-    assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+    assert_nothing_held(model, resident_bytes=None)
+    for _ in range(2):
+        assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+    assert_nothing_held(model, resident_bytes=_may_stay(model))
     run_in_thread(lambda: _assert_ledger_is_true(model))
 
 
@@ -175,8 +179,10 @@ def test_signals_at_random_times(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 200
-    assert_nothing_held(model, resident_bytes=group_bytes(model))
-    assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+    assert_nothing_held(model, resident_bytes=None)
+    for _ in range(2):
+        assert torch.equal(run_in_thread(lambda: forward(model, x)), expected)
+    assert_nothing_held(model, resident_bytes=_may_stay(model))
     run_in_thread(lambda: _assert_ledger_is_true(model))
 
 
