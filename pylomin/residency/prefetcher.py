@@ -56,7 +56,10 @@ class Prefetcher:
             if not missing:
                 continue
             pieces = [loading.Piece.of(weight) for weight in missing]
-            room = loading.try_reserve(residency.pool, pieces)
+            try:
+                room = loading.try_reserve(residency.pool, pieces)
+            except (MemoryError, OSError):  # the system has none left; what runs now must not fail for that
+                return
             if room is None:
                 return
             job = _Job(self._jobs, residency, missing, pieces, room)

@@ -270,6 +270,7 @@ class Residency:
     def load_failed(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
             if weight.state is State.LOADING:
+                weight.tensor = weight.twin = weight.loaded = None
                 weight.state = State.OFFLOADED
         self._changed.notify_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 
 import pytest
@@ -219,14 +220,12 @@ def test_out_of_memory_in_an_operation() -> None:
 
 def test_no_memory_for_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system refuses memory: the error passes, and nothing is half loaded."""
-    import mmap
-
     x, expected, model = stack_pair(2)
     forward(model, x)
     only_residency(model).pool.trim()
     with monkeypatch.context() as patch:
 
-        def refuse(*_: object) -> mmap.mmap:
+        def refuse(*_: object, **__: object) -> mmap.mmap:
             raise OSError(12, "Cannot allocate memory")
 
         patch.setattr("pylomin.io.buffers.mmap.mmap", refuse)
@@ -239,8 +238,6 @@ def test_no_memory_for_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_memory_for_a_buffer_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read ahead is a favour; it must not fail the layer that runs."""
-    import mmap
-
     x, expected, model = stack_pair(2)
     pylomin.prefetch(model)
     forward(model, x)
@@ -250,11 +247,11 @@ def test_no_memory_for_a_buffer_read_ahead(monkeypatch: pytest.MonkeyPatch) -> N
     residency.pool.trim()
     real, calls = mmap.mmap, []
 
-    def refuse_the_second(*arguments: int) -> mmap.mmap:
+    def refuse_the_second(*arguments: int, **flags: int) -> mmap.mmap:
         calls.append(arguments)
         if len(calls) == 2:
             raise OSError(12, "Cannot allocate memory")
-        return real(*arguments)
+        return real(*arguments, **flags)
 
     with monkeypatch.context() as patch:
         patch.setattr("pylomin.io.buffers.mmap.mmap", refuse_the_second)
