@@ -27,8 +27,32 @@ from pylomin.residency.trace import Key, Trace
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout
 from pylomin.store.scratch import ScratchDirectory
 
-RECHECK_S = 0.05  # views die without telling anyone, so who waits for memory looks again
+RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
 GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
+
+
+class _Waiter:
+    """One thread that waits for a change. Not a Condition, whose wait an interrupt can leave without its lock."""
+
+    __slots__ = ("_lock", "hopeless", "started")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.hopeless = 0  # times it was found that nobody could free the memory it waits for
+        self.started = time.perf_counter()
+
+    def enlist(self, waiters: list[_Waiter]) -> None:
+        """Under the residency's lock: be woken by the next change."""
+        self._lock.acquire(blocking=False)
+        waiters.append(self)
+
+    def wait(self) -> None:
+        """Outside of the residency's lock."""
+        self._lock.acquire(timeout=RECHECK_S)
+
+    def wake(self) -> None:
+        if self._lock.locked():
+            self._lock.release()
 
 
 @dataclass(eq=False, slots=True)
@@ -66,9 +90,8 @@ class Residency:
         self._waiting: dict[
             int, Callable[[], bool]
         ] = {}  # threads that wait for memory, and whether they still need to
-        # Taken directly, because entering a lock is atomic for an interrupt, and entering a condition is not.
+        self._waiters: list[_Waiter] = []
         self.lock = threading.RLock()
-        self._changed = threading.Condition(self.lock)
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
@@ -146,13 +169,21 @@ class Residency:
                 weight.holds += 1
                 hold.pinned.append(weight)
             self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] + 1, True
-        missed = False
+        missed, waiter = False, None
         while True:
             with self.lock:
-                claim = self._claim(hold)
-                if claim is None:
+                claim = self._claim(hold, waiter)
+                if claim is None and all(weight.state is State.RESIDENT for weight in hold.weights):
                     self._used(hold, missed)
+                    self._stop_waiting(hold.thread_id, waiter)
                     return
+                if claim is None:
+                    waiter = waiter or _Waiter()
+                    waiter.enlist(self._waiters)
+            if claim is None:
+                assert waiter is not None
+                waiter.wait()
+                continue
             missed = True
             started = time.perf_counter()
             tensors = loading.load(*claim)
@@ -167,6 +198,7 @@ class Residency:
             errors = [error for weight in hold.pinned if (error := self._keep_writes(weight)) is not None]
             self.load_failed(hold.claimed)
             hold.claimed = []
+            self._waiting.pop(hold.thread_id, None)
             self._unpin(hold)
         if errors:
             raise errors[0]
@@ -179,10 +211,18 @@ class Residency:
 
     def load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
-        with self.lock:
-            piece = loading.Piece.of(weight, runs)
-            room = self._make_room([weight], [piece], lambda: True)
-            assert room is not None
+        me, waiter = threading.get_ident(), _Waiter()
+        room = None
+        while room is None:
+            with self.lock:
+                piece = loading.Piece.of(weight, runs)
+                room = self._find_room([weight], [piece], lambda: True, me, waiter)
+                if room is None:
+                    waiter.enlist(self._waiters)
+                else:
+                    self._stop_waiting(me, waiter)
+            if room is None:
+                waiter.wait()
         values = loading.load([piece], room)[0]
         with self.lock:
             self._stats.loads += 1
@@ -191,17 +231,14 @@ class Residency:
 
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""
-        with self.lock:
-            self._changed.wait_for(lambda: weight.state is not State.LOADING)
-            self._redirect(weight, values)
-            if weight.tensor is None:
-                return
-            if weight.holds == 0:
-                self._drop(weight.loaded)
-            else:  # a forward that runs now sees the new values, as it would in an ordinary model
-                with torch.no_grad():
-                    weight.tensor.copy_(values)
-                weight.loaded_version = weight.tensor._version
+        waiter = _Waiter()
+        while True:
+            with self.lock:
+                if weight.state is not State.LOADING:
+                    self._write(weight, values)
+                    return
+                waiter.enlist(self._waiters)
+            waiter.wait()
 
     def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
         """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
@@ -212,28 +249,24 @@ class Residency:
 
     # -- under the lock ---------------------------------------------------------------------------------------------
 
-    def _claim(self, hold: Hold) -> tuple[list[loading.Piece], loading.Room] | None:
-        """Mark what is missing as loading, by this hold, and set memory aside; None when all is resident."""
-        while True:
-            for weight in hold.weights:
-                if (error := weight.error) is not None:
-                    for failed_with_it in hold.weights:
-                        failed_with_it.error = None
-                    raise error
-            missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
-            if missing:
-                pieces = [loading.Piece.of(weight) for weight in missing]
-                room = self._make_room(missing, pieces, partial(_unchanged, missing, pieces))
-                if room is not None:
-                    hold.claimed = missing
-                    self.load_started(missing)
-                    return pieces, room
-            elif any(weight.state is State.LOADING for weight in hold.weights):
-                started = time.perf_counter()
-                self._changed.wait()
-                self._stats.stall_s += time.perf_counter() - started
-            else:
-                return None
+    def _claim(self, hold: Hold, waiter: _Waiter | None) -> tuple[list[loading.Piece], loading.Room] | None:
+        """Mark what is missing as loading, by this hold, and set memory aside; None if there is nothing to load now."""
+        for weight in hold.weights:
+            if (error := weight.error) is not None:
+                for failed_with_it in hold.weights:
+                    failed_with_it.error = None
+                raise error
+        missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
+        if not missing:
+            return None
+        pieces = [loading.Piece.of(weight) for weight in missing]
+        needed = partial(_any_offloaded, missing)
+        room = self._find_room(missing, pieces, needed, hold.thread_id, waiter)
+        if room is None:
+            return None
+        hold.claimed = missing
+        self.load_started(missing)
+        return pieces, room
 
     def _used(self, hold: Hold, missed: bool) -> None:
         for weight in hold.weights:
@@ -265,14 +298,14 @@ class Residency:
         self._largest_bytes = max(self._largest_bytes, loaded.nbytes)
         if all(weight.holds == 0 for weight in weights):
             self._idle[loaded] = None
-        self._changed.notify_all()
+        self._wake()
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
         for weight in weights:
             if weight.state is State.LOADING:
                 weight.tensor = weight.twin = weight.loaded = None
                 weight.state = State.OFFLOADED
-        self._changed.notify_all()
+        self._wake()
 
     def _unpin(self, hold: Hold) -> None:
         # An interrupt is delivered at calls: between any two of them this can stop, and be taken up again.
@@ -291,7 +324,7 @@ class Residency:
             if all(member.holds == 0 for member in self._members(loaded)):
                 self._settle(loaded)
             del hold.unsettled[-1]
-        self._changed.notify_all()
+        self._wake()
 
     def _settle(self, loaded: Loaded) -> None:
         """Nobody holds it any more: it stays if it fits beside the window that others stream through.
@@ -331,41 +364,54 @@ class Residency:
                 self._drop(loaded)
 
     def _evict_one(self) -> bool:
-        if not self._idle:
-            return False
-        # The newest: on a cyclic order the oldest is needed first.
-        self._drop(next(reversed(self._idle)))
-        return True
+        if self._idle:
+            # The newest: on a cyclic order the oldest is needed first.
+            self._drop(next(reversed(self._idle)))
+            return True
+        # What an interrupt left behind: neither held nor idle.
+        for weight in list(self._weights.values()):
+            if weight.state is State.RESIDENT and all(member.holds == 0 for member in self._members(weight.loaded)):
+                self._drop(weight.loaded)
+                return True
+        return False
 
-    def _make_room(
-        self, weights: Sequence[Weight], pieces: Sequence[loading.Piece], needed: Callable[[], bool]
+    def _find_room(
+        self,
+        weights: Sequence[Weight],
+        pieces: Sequence[loading.Piece],
+        needed: Callable[[], bool],
+        thread_id: int,
+        waiter: _Waiter | None,
     ) -> loading.Room | None:
-        """Memory for ``pieces``; None if, while this waited, it became not ``needed`` any more."""
-        hopeless = 0
-        while needed():
+        """Memory for ``pieces``; None if the caller has to wait for it, as long as ``needed``."""
+        while True:
             room = loading.try_reserve(self.pool, pieces)
             if room is not None:
+                self._waiting.pop(thread_id, None)
                 return room
-            if self._evict_one():
-                continue
-            me = threading.get_ident()
-            in_background = self._prefetcher is not None and self._prefetcher.in_flight
-            if not in_background and all(t == me or self._waits(t) for t in self._holders):
-                hopeless += 1
-                if hopeless > GRACE:
-                    raise self._over_budget(weights, pieces)
-            started = time.perf_counter()
-            self._waiting[me] = needed
-            try:
-                self._changed.wait(RECHECK_S)
-            finally:
-                del self._waiting[me]
-                self._stats.stall_s += time.perf_counter() - started
+            if not self._evict_one():
+                break
+        in_background = self._prefetcher is not None and self._prefetcher.in_flight
+        if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
+            waiter.hopeless += 1
+            if waiter.hopeless > GRACE:
+                raise self._over_budget(weights, pieces)
+        self._waiting[thread_id] = needed
         return None
 
     def _waits(self, thread_id: int) -> bool:
         needed = self._waiting.get(thread_id)
         return needed is not None and needed()
+
+    def _stop_waiting(self, thread_id: int, waiter: _Waiter | None) -> None:
+        self._waiting.pop(thread_id, None)
+        if waiter is not None:
+            self._stats.stall_s += time.perf_counter() - waiter.started
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.wake()
 
     def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
@@ -401,6 +447,17 @@ class Residency:
             return error
         return None
 
+    def _write(self, weight: Weight, values: torch.Tensor) -> None:
+        self._redirect(weight, values)
+        if weight.tensor is None:
+            return
+        if weight.holds == 0:
+            self._drop(weight.loaded)
+        else:  # a forward that runs now sees the new values, as it would in an ordinary model
+            with torch.no_grad():
+                weight.tensor.copy_(values)
+            weight.loaded_version = weight.tensor._version
+
     def _redirect(self, weight: Weight, values: torch.Tensor) -> None:
         """From now on the weight's bytes are a copy of ``values`` that is this model's own."""
         layout = weight.layout
@@ -412,8 +469,7 @@ class Residency:
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
         self.lock = threading.RLock()
-        self._changed = threading.Condition(self.lock)
-        self._waiting = {}
+        self._waiters, self._waiting = [], {}
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self.depth) if self.depth else None
         # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
@@ -435,11 +491,8 @@ class Residency:
         self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
 
 
-def _unchanged(weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> bool:
-    """No other thread loaded the weights, or wrote to them."""
-    return all(weight.state is State.OFFLOADED for weight in weights) and [
-        loading.Piece.of(weight) for weight in weights
-    ] == list(pieces)
+def _any_offloaded(weights: Sequence[Weight]) -> bool:
+    return any(weight.state is State.OFFLOADED for weight in weights)
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()
