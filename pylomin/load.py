@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
@@ -57,6 +56,8 @@ def load(
     >>> model(torch.ones(1, 2)).tolist()
     [[2.0]]
     """
+    if isinstance(model_fn, nn.Module) or not callable(model_fn):
+        raise PassError(f"model_fn is a {type(model_fn).__name__}; expected a function: lambda: Model(config).")
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if dtype is not None and not dtype.is_floating_point:
         raise PassError(f"dtype is {dtype}; expected a floating-point dtype.")
@@ -96,36 +97,58 @@ def _build(model_fn: Callable[[], ModuleT], keep: Container[int] = ()) -> tuple[
     Parameters that are tied stay one object. Those whose number, in the order of first registration, is in ``keep``
     are left as they are. Returns the model, and the numbers by ``id`` of the stand-ins.
     """
-    thread_id = threading.get_ident()
     stand_ins: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
+    made: list[nn.Parameter] = []  # alive while building, so that no id is used twice
     numbers: dict[int, int] = {}
-    count = itertools.count()
 
-    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or threading.get_ident() != thread_id or id(parameter) in numbers:
+    def replace(parameter: nn.Parameter) -> nn.Parameter | None:
+        if id(parameter) in numbers:
             return None
         known = stand_ins.get(id(parameter))
         if known is None or known[0]() is not parameter:
-            number = next(count)
+            number = len(made)
             if number in keep:
                 stand_in = parameter
             else:
                 empty = torch.empty_like(parameter, device="meta")
                 stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 stand_in.__dict__.update(parameter.__dict__)
+            made.append(stand_in)
             numbers[id(stand_in)] = number
             known = stand_ins[id(parameter)] = (weakref.ref(parameter), stand_in)
         return known[1]
 
-    hook = register_module_parameter_registration_hook(replace)  # type: ignore[arg-type]
+    outer = getattr(_building, "replace", None)
+    _building.replace = replace
     try:
         model = model_fn()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if "meta" not in str(error):
+            raise
+        raise PassError(
+            f"model_fn reads the value of a parameter, which has none while the model is built: {error} "
+            "Compute it from something else, or build the model in memory and use pylomin.lazy_loading."
+        ) from error
     finally:
-        hook.remove()
+        _building.replace = outer
     if not isinstance(model, nn.Module):
         raise PassError(f"model_fn returned a {type(model).__name__}; expected a torch.nn.Module.")
     alive = {id(parameter) for parameter in model.parameters()}
     return model, {key: number for key, number in numbers.items() if key in alive}
+
+
+_building = threading.local()  # how the thread that builds a model replaces its parameters
+
+
+def _replace_while_building(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    replace: Callable[[nn.Parameter], nn.Parameter | None] | None = getattr(_building, "replace", None)
+    if replace is None or parameter is None or parameter.device.type == "meta":
+        return None
+    return replace(parameter)
+
+
+# Registered for good: torch walks its hooks without a lock, and other threads may be building models.
+register_module_parameter_registration_hook(_replace_while_building)  # type: ignore[arg-type]
 
 
 def _check_initialised(ties: list[Tie], missing: list[str]) -> None:

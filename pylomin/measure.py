@@ -20,6 +20,7 @@ from pylomin.errors import PassError
 from pylomin.io.buffers import observe
 from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.residency.residency import resident_bytes_of_all
 from pylomin.residency.stats import Stats
 
 SAMPLE_S = 0.005  # between looks at the resident set
@@ -101,6 +102,7 @@ class _Tracker(TorchDispatchMode):
 
     def __enter__(self) -> _Tracker:
         self._undo = observe(self._add_weight)
+        self._add_weight(resident_bytes_of_all())
         resident = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
         for tensor in resident:
             if not isinstance(tensor, OffloadedTensor) and tensor.device.type != "meta":

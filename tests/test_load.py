@@ -94,7 +94,7 @@ def output(model: nn.Module) -> torch.Tensor:
     return result
 
 
-# -- what comes out --------------------------------------------------------------------------------------------------
+# -- what comes out ---------------------------------------------------------------------------------------------------
 
 
 def test_the_same_outputs(model: Net, path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_shared_module_with_buffers(model: Net) -> None:
         assert torch.equal(loaded(x), reference(x))
 
 
-# -- shapes and dtypes --------------------------------------------------------------------------------------------------
+# -- shapes and dtypes ------------------------------------------------------------------------------------------------
 
 
 def test_mismatches_are_all_listed(model: Net) -> None:
@@ -365,7 +365,7 @@ def test_a_dtype_that_is_none(model: Net, dtype: torch.dtype) -> None:
         pylomin.load(Net, state_of(model), dtype=dtype)
 
 
-# -- model_fn --------------------------------------------------------------------------------------------------------------
+# -- model_fn ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("returned", [None, 5, "model", Net])
@@ -507,7 +507,7 @@ def test_nothing_keeps_the_model(model: Net) -> None:
     assert parameter() is None
 
 
-# -- settings --------------------------------------------------------------------------------------------------------------
+# -- settings ---------------------------------------------------------------------------------------------------------
 
 
 def test_device(model: Net, path: Path) -> None:
@@ -539,7 +539,7 @@ def test_a_budget_that_is_none(path: Path, budget: Any, kind: type[Exception]) -
         pylomin.load(Net, path, memory_budget=budget)
 
 
-# -- transformers ------------------------------------------------------------------------------------------------------
+# -- transformers -----------------------------------------------------------------------------------------------------
 
 
 def saved_by_transformers(model: Any, directory: Path) -> Path:
@@ -598,7 +598,7 @@ def test_t5(tmp_path: Path) -> None:
         assert torch.equal(loaded(input_ids=tokens, decoder_input_ids=tokens).logits, expected)
 
 
-# -- memory --------------------------------------------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_it_never_was_in_memory(tmp_path: Path) -> None:

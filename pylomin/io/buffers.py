@@ -105,6 +105,12 @@ class BufferPool:
             self._count(reservation, None, nbytes, nbytes)
         return reservation.attach
 
+    def asked_bytes(self) -> int:
+        """Bytes of what is out, without what blocks are larger than asked for."""
+        with self._lock:
+            self._collect()
+            return sum(ticket.nbytes for ticket in self._out.values())
+
     def in_use_bytes(self) -> int:
         """``live_bytes`` after taking back what has died meanwhile."""
         self.collect()
@@ -157,6 +163,8 @@ class BufferPool:
         if self.limit_bytes is None:
             # Enough for every size that a round of layers needs; bounded by what is in use at one time.
             self._drop_free(2 * self._recent_peak_bytes)
+        else:
+            self._drop_free(max(0, self.limit_bytes - self.live_bytes))
 
     def _reuse(self, nbytes: int) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.

@@ -81,24 +81,29 @@ def fill_buffers(model: nn.Module, store: WeightStore, *, dtype: torch.dtype | N
         WeightMismatchError: a stored buffer has another shape.
         PassError: a buffer has no values and the store has none for it.
     """
+    buffers = [
+        (module, name, f"{prefix}.{name}" if prefix else name, buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    filled: dict[int, torch.Tensor] = {}  # by id of the buffer that it replaces, which may have several owners
+    for module, name, fqn, buffer in buffers:
+        if name not in module._non_persistent_buffers_set and fqn in store and id(buffer) not in filled:
+            filled[id(buffer)] = _read_buffer(fqn, buffer, store, dtype)
     missing: list[str] = []
-    done: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None:
-                continue
-            fqn = f"{prefix}.{name}" if prefix else name
-            persistent = name not in module._non_persistent_buffers_set
-            if persistent and fqn in store:
-                module._buffers[name] = _read_buffer(fqn, buffer, store, dtype)
-                done.add(id(buffer))
-            elif buffer.device.type == "meta" and id(buffer) not in done:
-                raise PassError(
-                    f"buffer '{fqn}' is on the meta device and {store.describe(next(iter(store)))} has no values for "
-                    "it. Build the model with pylomin.load(lambda: Model(config), weights), which computes buffers."
-                )
-            elif persistent and id(buffer) not in done:
-                missing.append(fqn)
+    for module, name, fqn, buffer in buffers:
+        if id(buffer) in filled:
+            continue
+        if buffer.device.type == "meta":
+            raise PassError(
+                f"buffer '{fqn}' is on the meta device and the store has no values for it. Build the model with "
+                "pylomin.load(lambda: Model(config), weights), which computes buffers."
+            )
+        if name not in module._non_persistent_buffers_set:
+            missing.append(fqn)
+    for module, name, _, buffer in buffers:
+        module._buffers[name] = filled.get(id(buffer), buffer)
     return missing
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _UNITS = {
     "": 1,
@@ -35,7 +36,7 @@ def parse_bytes(size: int | str, *, what: str = "memory_budget") -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
         if match is None or match[2].lower() not in _UNITS:
             raise ValueError(f"{what} is {size!r}; expected bytes as int, or a string such as '512MiB' or '2GB'.")
-        size = int(float(match[1]) * _UNITS[match[2].lower()])
+        size = int(Decimal(match[1]) * _UNITS[match[2].lower()])
     if size <= 0:
         raise ValueError(f"{what} is {size}; expected a positive number of bytes.")
     return size

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pylomin.errors import without_frames
 from pylomin.io.buffers import BufferPool, aligned
@@ -104,8 +105,12 @@ def try_reserve(pool: BufferPool, pieces: Sequence[Piece]) -> Room | None:
 
 def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
     """Read and convert; one tensor for each piece, in the execution layout. Needs no lock."""
+    # Loading is no part of what surrounds it: transforms, and modes that watch or fake operations.
     with torch._C._DisableFuncTorch():
-        return _load(pieces, room)
+        if not torch._C._len_torch_dispatch_stack():  # the common case; importing what disables modes takes a second
+            return _load(pieces, room)
+        with _disable_current_modes():
+            return _load(pieces, room)
 
 
 def _load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:

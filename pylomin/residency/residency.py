@@ -81,6 +81,7 @@ class Residency:
         self._overlay = Overlay()
         self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
         self._weights_seen = 0
+        self._total_bytes = 0  # if all weights were in memory
         self._next_index = itertools.count()
         self._prefetcher: Prefetcher | None = None
         self._idle: dict[Loaded, None] = {}  # resident and not held, oldest first
@@ -103,6 +104,9 @@ class Residency:
     def set_budget(self, memory_budget: int | None) -> None:
         """Takes effect now: what is idle and no longer fits leaves."""
         with self.lock:
+            if memory_budget is None:
+                for loaded in list(self._idle):
+                    self._drop(loaded)
             while memory_budget is not None and self.pool.in_use_bytes() > memory_budget:
                 if not self._evict_one():
                     break
@@ -335,7 +339,7 @@ class Residency:
         budget = self.memory_budget
         if not loaded.kept and not loaded.spoiled and budget is not None:
             self._forget_replaced()
-            window_bytes = (1 + self.depth) * self._largest_bytes
+            window_bytes = (1 + self.depth) * self._largest_bytes if self._total_bytes > budget else 0
             if self._kept_bytes + loaded.nbytes + window_bytes <= budget:
                 loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
         if loaded.kept and not loaded.spoiled:
@@ -360,6 +364,7 @@ class Residency:
         """Weights that users replaced are gone, and what they took of the budget is free."""
         if len(self._weights) != self._weights_seen:
             self._weights_seen = len(self._weights)
+            self._total_bytes = sum(w.peak_load_bytes for w in list(self._weights.values()) if not w.transient)
             for loaded in [loaded for loaded in self._idle if not self._members(loaded)]:
                 self._drop(loaded)
 
@@ -451,7 +456,7 @@ class Residency:
         self._redirect(weight, values)
         if weight.tensor is None:
             return
-        if weight.holds == 0:
+        if all(member.holds == 0 for member in self._members(weight.loaded)):
             self._drop(weight.loaded)
         else:  # a forward that runs now sees the new values, as it would in an ordinary model
             with torch.no_grad():
@@ -465,6 +470,7 @@ class Residency:
         weight.writes += 1
         weight.conversions = () if weight.source.layout == layout else (layout,)
         weight.shared = None
+        weight.error = None  # it was about bytes that nobody needs any more
 
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
@@ -489,6 +495,11 @@ class Residency:
             if type(hold) is Hold and hold.residency is self and hold.thread_id != me:
                 self._unpin(hold)
         self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
+
+
+def resident_bytes_of_all() -> int:
+    """Of all models in this process."""
+    return sum(residency.pool.asked_bytes() for residency in list(_all))
 
 
 def _any_offloaded(weights: Sequence[Weight]) -> bool:

@@ -160,7 +160,10 @@ def test_empty_weights(residency: Residency) -> None:
 def test_loaded_tensors_are_ordinary(residency: Residency, inference: bool) -> None:
     """Not inference tensors, wherever they are loaded; autograd may save them later."""
     store = CountingStore({"a": torch.ones(4), "b": torch.ones(4, dtype=torch.float64)})
-    pieces = [Piece.of(weight_of(store, "a", residency)), Piece.of(weight_of(store, "b", residency, layout(torch.half, 4)))]
+    pieces = [
+        Piece.of(weight_of(store, "a", residency)),
+        Piece.of(weight_of(store, "b", residency, layout(torch.half, 4))),
+    ]
     with torch.inference_mode(inference):
         loaded = load(BufferPool(), *pieces)
     assert not any(x.is_inference() or x.requires_grad for x in loaded)
@@ -169,7 +172,10 @@ def test_loaded_tensors_are_ordinary(residency: Residency, inference: bool) -> N
 def test_a_failed_read_gives_its_memory_back_while_the_error_lives(residency: Residency) -> None:
     pool = BufferPool()
     store = CountingStore({"a": torch.ones(100), "b": torch.ones(4, dtype=torch.half)})
-    pieces = [Piece.of(weight_of(store, "a", residency)), Piece.of(weight_of(store, "b", residency, layout(torch.float, 4)))]
+    pieces = [
+        Piece.of(weight_of(store, "a", residency)),
+        Piece.of(weight_of(store, "b", residency, layout(torch.float, 4))),
+    ]
     store.close()
     room = loading.try_reserve(pool, pieces)
     assert room is not None

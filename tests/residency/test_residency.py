@@ -38,7 +38,7 @@ def until_loaded(all_groups: list[list[Weight]]) -> None:
     raise AssertionError("a background read did not end")
 
 
-# -- states ------------------------------------------------------------------------------------------------------------
+# -- states -----------------------------------------------------------------------------------------------------------
 
 
 def test_offloaded_resident_offloaded() -> None:
@@ -167,7 +167,7 @@ def test_weights_in_memory_cost_nothing() -> None:
     assert residency.pool.peak_bytes == 0
 
 
-# -- counters ------------------------------------------------------------------------------------------------------------
+# -- counters ---------------------------------------------------------------------------------------------------------
 
 
 def test_counters() -> None:
@@ -240,14 +240,14 @@ def test_prefetched_ends_as_a_hit_or_wasted() -> None:
     assert stats.bytes_read == (stats.loads + stats.prefetched) * 400_000
 
 
-# -- budget ------------------------------------------------------------------------------------------------------------
+# -- budget -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "fit"), [(5, 1), (5, 2), (5, 3), (5, 4), (5, 5), (10, 7), (3, 10)])
 def test_residents_hit_k_of_n_on_a_cyclic_order(count: int, fit: int) -> None:
-    """All but one slot of the budget, through which the others stream."""
+    """All but one slot of the budget, through which the others stream; or everything, where that fits."""
     residency, all_groups, store = groups(count, NUMEL, memory_budget=fit * NBYTES)
-    kept = min(fit - 1, count) if fit < count + 1 else count
+    kept = fit - 1 if fit < count else count
     for round_ in range(4):
         before = residency.stats()
         store.reads.clear()
@@ -441,7 +441,7 @@ def test_the_budget_shrinks_while_separate_groups_are_held() -> None:
         assert use(residency, group) == i
 
 
-# -- writes ------------------------------------------------------------------------------------------------------------
+# -- writes -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_write_replaces_the_value() -> None:
@@ -541,7 +541,7 @@ def test_load_runs_within_a_budget() -> None:
     assert residency.pool.in_use_bytes() <= 2 * NBYTES
 
 
-# -- errors of background reads -------------------------------------------------------------------------------------------
+# -- errors of background reads ---------------------------------------------------------------------------------------
 
 
 def test_an_error_is_handed_over_once_for_the_whole_group() -> None:
@@ -572,7 +572,7 @@ def test_a_write_clears_an_error() -> None:
     assert use(residency, a) == 5.0
 
 
-# -- copies ------------------------------------------------------------------------------------------------------------
+# -- copies -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_has_the_settings_and_a_ledger_of_its_own() -> None:
@@ -588,7 +588,7 @@ def test_a_copy_has_the_settings_and_a_ledger_of_its_own() -> None:
     clone.set_depth(0)
 
 
-# -- properties ----------------------------------------------------------------------------------------------------------
+# -- properties -------------------------------------------------------------------------------------------------------
 
 
 class HoldMachine(RuleBasedStateMachine):

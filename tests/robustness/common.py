@@ -112,6 +112,8 @@ def assert_nothing_held(model: nn.Module, *, resident_bytes: int | None = 0) -> 
             assert weight.holds == 0, weight.name
             assert weight.state is not State.LOADING, weight.name
             assert (weight.state is State.RESIDENT) == (weight.tensor is not None), weight.name
+        prefetcher = residency._prefetcher
+        assert prefetcher is None or ends(lambda p=prefetcher: p.in_flight == 0, 5), "a read that nobody does"  # type: ignore[misc]
         assert not residency._holders
         assert not residency._waiting
         in_use_bytes = residency.pool.in_use_bytes()

@@ -14,6 +14,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)  # an interrupt can leave torch.no_grad() half-way
 
 
 @pytest.fixture(autouse=True)

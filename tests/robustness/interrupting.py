@@ -7,6 +7,7 @@ a loop goes round. :class:`InterruptAt` raises at the n-th such moment in the co
 from __future__ import annotations
 
 import dis
+import inspect
 import os
 import sys
 from types import CodeType, FrameType, TracebackType
@@ -49,7 +50,8 @@ class InterruptAt:
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
-        self._moment(frame)
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:  # it may be called in order to be closed
+            self._moment(frame)
         return self._on_event
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> Any:

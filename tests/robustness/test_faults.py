@@ -92,7 +92,7 @@ def recovers(model: nn.Module, expected: torch.Tensor | None = None, forwards: i
     assert_nothing_held(model)
 
 
-# -- after opening ------------------------------------------------------------------------------------------------------
+# -- after opening ----------------------------------------------------------------------------------------------------
 
 
 def test_truncated_then_mended(path: Path, streamed: nn.Module) -> None:
@@ -317,7 +317,7 @@ def test_a_read_error_in_state_dict_values(path: Path, reads: FailingReads) -> N
     assert_nothing_held(model)
 
 
-# -- files that are wrong from the start ----------------------------------------------------------------------------------
+# -- files that are wrong from the start ------------------------------------------------------------------------------
 
 
 def refused(weights: Any, *words: str, kind: type[Exception] = pylomin.PylominError) -> None:
@@ -443,7 +443,7 @@ def test_descriptors_of_refused_files_are_closed(path: Path) -> None:
     assert open_descriptors() <= before
 
 
-# -- writes that fail ----------------------------------------------------------------------------------------------------
+# -- writes that fail -------------------------------------------------------------------------------------------------
 
 
 class FailingWrites:

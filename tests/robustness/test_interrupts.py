@@ -100,9 +100,7 @@ def _assert_ledger_is_true(model: torch.nn.Module) -> None:
     residency.set_depth(depth)
 
 
-@pytest.mark.parametrize(
-    ("depth", "layers_in_budget"), [(0, None), (1, None), (0, 1), (0, 2.2), (1, 2), (2, 4.5)]
-)
+@pytest.mark.parametrize(("depth", "layers_in_budget"), [(0, None), (1, None), (0, 1), (0, 2.2), (1, 2), (2, 4.5)])
 def test_at_any_moment(monkeypatch: pytest.MonkeyPatch, depth: int, layers_in_budget: float | None) -> None:
     _quiet(monkeypatch)
     assert _faults_after_interrupts(lambda: _model(depth, layers_in_budget), SAMPLES) == []

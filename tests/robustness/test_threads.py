@@ -23,7 +23,6 @@ from .common import (
     inputs,
     only_residency,
     run_in_threads,
-    stack_pair,
 )
 
 
