@@ -76,7 +76,8 @@ def resident(config: BertConfig, directory: Path) -> nn.Module:
 
 def lazy(config: BertConfig, directory: Path) -> nn.Module:
     """Every weight stays in the file and is in memory only while its module runs."""
-    return pylomin.load(lambda: BertModel(config), checkpoint(directory))
+    model: nn.Module = pylomin.load(lambda: BertModel(config), checkpoint(directory))
+    return model
 
 
 def kept_embedding(config: BertConfig, directory: Path) -> nn.Module:

@@ -237,7 +237,7 @@ def test_packed_experts_load_only_those_routed_to(grad: bool) -> None:
         routed = torch.tensor(chosen)
         expected = run(plain, x, routed, grad=grad)
         assert_same(expected, run(lazy, x, routed, grad=grad))
-        read = bytes_read(lazy, lambda: run(lazy, x, routed, grad=grad))  # noqa: B023
+        read = bytes_read(lazy, lambda: run(lazy, x, routed, grad=grad))
         assert read == len(set(chosen)) * (4 * 6 + 6 * 4) * 4
 
 
@@ -354,7 +354,7 @@ def test_chunked_lookup(chunk_size: int) -> None:
     for x in (torch.randint(0, ROWS, (4, 9)), torch.tensor([3, 3, 3]), torch.empty(0, 2, dtype=torch.long)):
         assert_same(run(plain, x), run(lazy, x))
         distinct = len(x.unique())
-        assert bytes_read(lazy, lambda: run(lazy, x)) == distinct * ROW_BYTES  # noqa: B023
+        assert bytes_read(lazy, lambda: run(lazy, x)) == distinct * ROW_BYTES
 
 
 def test_mutating_a_lookup_does_not_change_the_table() -> None:

@@ -164,7 +164,7 @@ def test_deletion_while_a_background_read_runs() -> None:
     done: list[bool] = []
 
     def use() -> None:
-        done.append(torch.equal(forward(model, x), expected))
+        done.append(torch.equal(forward(model, x), expected))  # noqa: F821  # deleted below, on purpose
 
     thread = threading.Thread(target=use, daemon=True)
     thread.start()
