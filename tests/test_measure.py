@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -139,9 +140,12 @@ def test_nested() -> None:
 
 
 def test_an_exception_in_the_block() -> None:
-    with pytest.raises(ArithmeticError), pylomin.peak_memory() as peak:
+    def fail() -> None:
         kib(2)
         raise ArithmeticError
+
+    with pytest.raises(ArithmeticError), pylomin.peak_memory() as peak:
+        fail()
     assert peak.tensor_bytes == 2 * KIB
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("pylomin-peak")]
     with pylomin.peak_memory() as again:
@@ -183,7 +187,7 @@ def test_a_fresh_peak() -> None:
 
 
 def stack(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in pairwise(widths)))
 
 
 def test_an_ordinary_model() -> None:

@@ -142,9 +142,10 @@ class TestRead:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
         file = WeightFile(path)
-        monkeypatch.setattr(os, "fstat", fail)
-        with pytest.raises(StoreReadError, match=r"cannot examine .*Stale"):
-            read(file, 0, 1)
+        with monkeypatch.context() as patch:  # pytest itself uses fstat
+            patch.setattr(os, "fstat", fail)
+            with pytest.raises(StoreReadError, match=r"cannot examine .*Stale"):
+                read(file, 0, 1)
 
     def test_threads(self, path):
         file = WeightFile(path)

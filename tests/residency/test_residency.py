@@ -380,7 +380,7 @@ def test_waiting_for_memory_ends_when_nobody_can_let_go() -> None:
 
 
 def test_the_budget_shrinks_and_grows() -> None:
-    residency, all_groups, store = groups(6, NUMEL, memory_budget=7 * NBYTES)
+    residency, all_groups, _ = groups(6, NUMEL, memory_budget=7 * NBYTES)
 
     def hits() -> int:
         before = residency.stats().hits

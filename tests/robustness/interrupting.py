@@ -1,7 +1,7 @@
 """KeyboardInterrupt at a chosen moment.
 
 CPython delivers a signal to the main thread between two instructions: when a function starts, after a call, and when
-a loop goes round. :class:`InterruptAt` raises at the n-th such moment in the code that matters.
+a loop goes round. :class:`InterruptAt` raises at such a moment in the code that matters.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dis
 import inspect
 import os
+import random
 import sys
+from collections import Counter
+from collections.abc import Callable
 from types import CodeType, FrameType, TracebackType
 from typing import Any
-
-import torch
 
 import pylomin
 
@@ -26,12 +27,15 @@ _WATCHED = (
 
 
 class InterruptAt:
-    """Raises KeyboardInterrupt at the n-th moment inside the block, and swallows it; counts them if ``n`` is None."""
+    """Raises KeyboardInterrupt inside the block when a place is passed for the n-th time, and swallows it.
 
-    def __init__(self, n: int | None) -> None:
+    Without a place, it only lists those that are passed.
+    """
+
+    def __init__(self, place: str | None = None, n: int = 1) -> None:
+        self.place = place
         self.n = n
-        self.count = 0
-        self.where = ""
+        self.passed: list[str] = []
         self._names: dict[CodeType, dict[int, str]] = {}
         self._previous: dict[FrameType, int] = {}
 
@@ -51,7 +55,7 @@ class InterruptAt:
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         if not frame.f_code.co_flags & inspect.CO_GENERATOR:  # it may be called in order to be closed
-            self._moment(frame)
+            self._moment(frame, -1)
         return self._on_event
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> Any:
@@ -59,7 +63,7 @@ class InterruptAt:
             previous = self._previous.get(frame)
             self._previous[frame] = frame.f_lasti
             if previous is not None and self._is_moment(frame.f_code, previous):
-                self._moment(frame)
+                self._moment(frame, previous)
         elif event == "return":
             self._previous.pop(frame, None)
         return self._on_event
@@ -70,17 +74,22 @@ class InterruptAt:
         name = self._names[code].get(offset, "")
         return name.startswith("CALL") or name in ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
 
-    def _moment(self, frame: FrameType) -> None:
-        self.count += 1
-        if self.count == self.n:
-            self.where = f"{frame.f_code.co_filename.removeprefix(os.path.dirname(_PYLOMIN))}:{frame.f_lineno}"
-            self.where += f" {frame.f_code.co_name}"
+    def _moment(self, frame: FrameType, offset: int) -> None:
+        code = frame.f_code
+        file = code.co_filename.removeprefix(os.path.dirname(_PYLOMIN))
+        place = f"{file}:{frame.f_lineno} {code.co_name} after {offset}"
+        self.passed.append(place)
+        if place == self.place and self.passed.count(place) == self.n:
             sys.settrace(None)
             raise KeyboardInterrupt
 
 
-def moments(model: torch.nn.Module, x: torch.Tensor) -> int:
-    """How many there are in one forward."""
-    with InterruptAt(None) as count, torch.no_grad():
-        model(x)
-    return count.count
+def places(run: Callable[[], object], at_most: int) -> list[tuple[str, int]]:
+    """Some places that ``run()`` passes, and at which time to stop there; those in residency and io first."""
+    with InterruptAt() as interrupt:
+        run()
+    times = Counter(interrupt.passed)
+    chance = random.Random(0)
+    shuffled = chance.sample(sorted(times), len(times))
+    shuffled.sort(key=lambda place: not place.startswith(("/pylomin/residency", "/pylomin/io/buffers")))
+    return [(place, chance.randint(1, times[place])) for place in shuffled[:at_most]]

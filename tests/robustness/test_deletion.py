@@ -127,7 +127,7 @@ def test_a_model_in_a_cycle_goes_with_the_collector(scratch: Path) -> None:
 
 
 def test_weights_that_outlive_the_model_keep_working(scratch: Path) -> None:
-    x, _, model = stack_pair(1)
+    _, _, model = stack_pair(1)
     expected = model.layers[0].weight.detach().clone()
     weight = model.layers[0].weight
     del model

@@ -273,7 +273,7 @@ def test_a_foreground_read_that_waits_does_not_block_other_layers() -> None:
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("layers_in_budget", [1, 1.5, 2, 3, 5])
 def test_the_budget_holds_at_every_moment(depth: int, layers_in_budget: float) -> None:
-    x, expected, model, store = faulty_stack(5)
+    x, expected, model, _ = faulty_stack(5)
     residency = only_residency(model)
     residency.set_budget(int(layers_in_budget * group_bytes(model)))
     residency.set_depth(depth)
