@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +27,10 @@ from .common import (
     only_residency,
     run_in_thread,
     run_script,
+    settled,
     stack_pair,
 )
 from .interrupting import InterruptAt, places
-
-SAMPLES = 150  # of the moments of a forward
 
 
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +49,14 @@ def _model(depth: int, layers_in_budget: float | None) -> tuple[torch.Tensor, to
     return x, expected, model
 
 
-def _faults_after_interrupts(make: Callable[[], tuple[torch.Tensor, torch.Tensor, Stack]]) -> list[str]:
+def _faults_after_interrupts(
+    make: Callable[[], tuple[torch.Tensor, torch.Tensor, Stack]], *, restart: bool
+) -> list[str]:
     x, expected, model = make()
+    _get_ready(model, restart)
     faults: list[str] = []
-    for count, (place, n) in enumerate(places(partial(forward, model, x), SAMPLES)):
+    for count, (place, n) in enumerate(places(partial(forward, model, x))):
+        _get_ready(model, restart)
         try:
             with _ends_in_time():
                 _interrupted(InterruptAt(place, n), model, x)
@@ -68,6 +72,15 @@ def _faults_after_interrupts(make: Callable[[], tuple[torch.Tensor, torch.Tensor
                 break
             x, expected, model = make()
     return faults
+
+
+def _get_ready(model: torch.nn.Module, restart: bool) -> None:
+    residency = only_residency(model)
+    if restart:  # a new thread, and nothing read ahead yet
+        depth = residency.depth
+        residency.set_depth(0)
+        residency.set_depth(depth)
+    assert settled(residency)
 
 
 @contextmanager
@@ -122,10 +135,15 @@ def _assert_ledger_is_true(model: torch.nn.Module) -> None:
     residency.set_depth(depth)
 
 
-@pytest.mark.parametrize(("depth", "layers_in_budget"), [(1, None), (0, 1), (0, 2.2), (2, 4.5)])
-def test_at_any_moment(monkeypatch: pytest.MonkeyPatch, depth: int, layers_in_budget: float | None) -> None:
+@pytest.mark.parametrize(
+    ("depth", "layers_in_budget", "restart"),
+    [(1, None, False), (1, None, True), (0, 1, False), (0, 2.2, False), (1, 2, True), (2, 4.5, False)],
+)
+def test_at_any_moment(
+    monkeypatch: pytest.MonkeyPatch, depth: int, layers_in_budget: float | None, restart: bool
+) -> None:
     _quiet(monkeypatch)
-    assert _faults_after_interrupts(lambda: _model(depth, layers_in_budget)) == []
+    assert _faults_after_interrupts(lambda: _model(depth, layers_in_budget), restart=restart) == []
 
 
 def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +157,7 @@ def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
             bias.fill_(value)
 
     before = 1.0
-    for value, (place, n) in enumerate(places(partial(write, before), SAMPLES), 2):
+    for value, (place, n) in enumerate(places(partial(write, before)), 2):
         with InterruptAt(place, n):
             write(float(value))
         assert_nothing_held(model, resident_bytes=None)
@@ -149,6 +167,55 @@ def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
         before = float(found[0])
         forward(model, x)
     assert_nothing_held(model)
+
+
+def test_at_any_moment_of_a_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    _quiet(monkeypatch)
+    plain = torch.nn.Embedding(100, 16)
+    tokens = torch.tensor([3, 50, 51])
+    expected = forward(plain, tokens)
+    model = pylomin.lazy_loading(plain, memory_budget=2000)
+    for place, n in places(partial(forward, model, tokens)):
+        _interrupted(InterruptAt(place, n), model, tokens)
+        assert_nothing_held(model)
+        assert torch.equal(forward(model, tokens), expected), place
+
+
+def test_at_any_moment_of_lazy_loading(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> None:
+    """The model works, offloaded as far as it came, and leaves no file when it is gone."""
+    _quiet(monkeypatch)
+    x = inputs(8)
+    expected = forward(Stack(2, width=8), x)
+    for place, n in places(lambda: pylomin.lazy_loading(Stack(2, width=8))):
+        model = Stack(2, width=8)
+        with InterruptAt(place, n):
+            pylomin.lazy_loading(model)
+        assert torch.equal(forward(model, x), expected), place
+        with suppress(pylomin.PassError):  # all of it was offloaded already
+            pylomin.lazy_loading(model)
+        assert torch.equal(forward(model, x), expected), place
+        pylomin.restore(model)
+        assert type(model.layers[0]) is torch.nn.Linear, place
+        assert torch.equal(forward(model, x), expected), place
+        del model
+        if "weakref.py" not in place and "_remove" not in place:  # not what removes them was stopped
+            assert [path for path in scratch.rglob("*") if path.is_file()] == [], place
+
+
+def test_at_any_moment_of_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    _quiet(monkeypatch)
+    x = inputs(8)
+    expected = forward(Stack(2, width=8), x)
+    offloaded = pylomin.lazy_loading(Stack(2, width=8))
+    for place, n in places(lambda: pylomin.restore(offloaded)):
+        model = pylomin.lazy_loading(Stack(2, width=8))
+        with InterruptAt(place, n):
+            pylomin.restore(model)
+        assert torch.equal(forward(model, x), expected), place
+        with suppress(pylomin.PassError):  # it was restored already
+            pylomin.restore(model)
+        assert type(model.layers[0]) is torch.nn.Linear, place
+        assert torch.equal(forward(model, x), expected), place
 
 
 def test_at_random_moments_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
