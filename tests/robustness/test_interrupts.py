@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import signal
 import sys
@@ -157,7 +158,7 @@ def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
             bias.fill_(value)
 
     before = 1.0
-    for value, (place, n) in enumerate(places(partial(write, before)), 2):
+    for value, (place, n) in enumerate(places(partial(write, before), library=False), 2):
         with InterruptAt(place, n):
             write(float(value))
         assert_nothing_held(model, resident_bytes=None)
@@ -186,7 +187,7 @@ def test_at_any_moment_of_lazy_loading(monkeypatch: pytest.MonkeyPatch, scratch:
     _quiet(monkeypatch)
     x = inputs(8)
     expected = forward(Stack(2, width=8), x)
-    for place, n in places(lambda: pylomin.lazy_loading(Stack(2, width=8))):
+    for place, n in places(lambda: pylomin.lazy_loading(Stack(2, width=8)), library=False):
         model = Stack(2, width=8)
         with InterruptAt(place, n):
             pylomin.lazy_loading(model)
@@ -198,8 +199,9 @@ def test_at_any_moment_of_lazy_loading(monkeypatch: pytest.MonkeyPatch, scratch:
         assert type(model.layers[0]) is torch.nn.Linear, place
         assert torch.equal(forward(model, x), expected), place
         del model
-        if "weakref.py" not in place and "_remove" not in place:  # not what removes them was stopped
-            assert [path for path in scratch.rglob("*") if path.is_file()] == [], place
+        if "_remove" not in place and any(path.is_file() for path in scratch.rglob("*")):
+            gc.collect()  # the interrupt went through a context manager, which makes a cycle
+            assert not any(path.is_file() for path in scratch.rglob("*")), place
 
 
 def test_at_any_moment_of_restore(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +209,7 @@ def test_at_any_moment_of_restore(monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs(8)
     expected = forward(Stack(2, width=8), x)
     offloaded = pylomin.lazy_loading(Stack(2, width=8))
-    for place, n in places(lambda: pylomin.restore(offloaded)):
+    for place, n in places(lambda: pylomin.restore(offloaded), library=False):
         model = pylomin.lazy_loading(Stack(2, width=8))
         with InterruptAt(place, n):
             pylomin.restore(model)
