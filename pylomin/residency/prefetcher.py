@@ -63,8 +63,8 @@ class Prefetcher:
             if room is None:
                 return
             job = _Job(self._jobs, residency, missing, pieces, room)
-            self._jobs.add(job)
             try:
+                self._jobs.add(job)
                 residency.load_started(missing, in_background=True)
                 self._start_thread()
                 self._queue.put(job)

@@ -39,8 +39,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
 
-def _model(depth: int, layers_in_budget: float | None) -> tuple[torch.Tensor, torch.Tensor, Stack]:
-    x, expected, model = stack_pair(2)
+def _model(depth: int, layers_in_budget: float | None, layers: int = 2) -> tuple[torch.Tensor, torch.Tensor, Stack]:
+    x, expected, model = stack_pair(layers)
     if depth:
         pylomin.prefetch(model, depth=depth)
     if layers_in_budget is not None:
@@ -137,14 +137,22 @@ def _assert_ledger_is_true(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "layers_in_budget", "restart"),
-    [(1, None, False), (1, None, True), (0, 1, False), (0, 2.2, False), (1, 2, True), (2, 4.5, False)],
+    ("depth", "layers_in_budget", "layers", "restart"),
+    [
+        (1, None, 2, False),
+        (1, None, 2, True),
+        (0, 1, 2, False),
+        (0, 2.2, 4, False),
+        (1, 2.2, 4, False),
+        (1, 2.2, 4, True),
+        (1, 9, 2, False),
+    ],
 )
 def test_at_any_moment(
-    monkeypatch: pytest.MonkeyPatch, depth: int, layers_in_budget: float | None, restart: bool
+    monkeypatch: pytest.MonkeyPatch, depth: int, layers_in_budget: float | None, layers: int, restart: bool
 ) -> None:
     _quiet(monkeypatch)
-    assert _faults_after_interrupts(lambda: _model(depth, layers_in_budget), restart=restart) == []
+    assert _faults_after_interrupts(lambda: _model(depth, layers_in_budget, layers), restart=restart) == []
 
 
 def test_at_any_moment_of_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
