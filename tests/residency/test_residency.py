@@ -331,6 +331,28 @@ def test_waiting_for_memory_ends_when_another_thread_lets_go() -> None:
     assert got == [1.0]
 
 
+def test_who_waited_in_vain_does_not_count_as_waiting_later() -> None:
+    """After a lookup that found no room, the same thread works on, and others wait for it as for any thread."""
+    residency, (a, b), _ = groups(2, NUMEL, memory_budget=NBYTES)
+    with residency.hold(a), pytest.raises(BudgetError):
+        residency.load_runs(b[0], [(0, NUMEL)])
+    outcomes: list[object] = []
+
+    def want() -> None:
+        try:
+            outcomes.append(use(residency, b))
+        except BudgetError as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=want, daemon=True)
+    with residency.hold(a):
+        thread.start()
+        thread.join(0.5)
+        assert outcomes == []
+    thread.join(30)
+    assert outcomes == [1.0]
+
+
 def test_waiting_for_memory_ends_when_another_thread_brought_the_weight() -> None:
     """Two threads want the same weight and there is room for one: whoever is second uses the first one's."""
     residency, (a, b), store = groups(2, NUMEL, memory_budget=NBYTES)
