@@ -42,6 +42,11 @@ def aligned(nbytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
     return -(-nbytes // alignment) * alignment
 
 
+def block_bytes(nbytes: int) -> int:
+    """What a block for ``nbytes`` takes in the ledger."""
+    return nbytes if nbytes < SMALL_BYTES else aligned(nbytes, PAGE_BYTES)
+
+
 @dataclass(eq=False, slots=True)
 class _Block:
     memory: Any  # a writable buffer exporter: anonymous mmap, or a ctypes array for small blocks

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pylomin.errors import without_frames
-from pylomin.io.buffers import BufferPool, aligned
+from pylomin.io.buffers import BufferPool, aligned, block_bytes
 from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 
@@ -85,6 +85,19 @@ def needed_bytes(pieces: Sequence[Piece]) -> tuple[int, list[int]]:
     """Bytes of the one buffer that the pieces are read into, and of the tensor of each conversion."""
     buffer = sum(aligned(piece.stored_bytes) for piece in pieces if piece.source.memory is None)
     return buffer, [step.nbytes for piece in pieces for step in piece.layouts()[1:]]
+
+
+def peak_bytes(pieces: Sequence[Piece]) -> int:
+    """What loading the pieces takes at one time, as the pool counts it."""
+    buffer_bytes, converted_bytes = needed_bytes(pieces)
+    return block_bytes(buffer_bytes) + sum(converted_bytes)
+
+
+def resident_bytes(pieces: Sequence[Piece]) -> int:
+    """What the loaded pieces take, as the pool counts it: the last conversion of each, or the buffer they lie in."""
+    converted_bytes = sum(piece.layouts()[-1].nbytes for piece in pieces if piece.conversions)
+    unconverted = any(not piece.conversions for piece in pieces)
+    return converted_bytes + (block_bytes(needed_bytes(pieces)[0]) if unconverted else 0)
 
 
 def try_reserve(pool: BufferPool, pieces: Sequence[Piece]) -> Room | None:
