@@ -28,15 +28,16 @@ class LazyModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if type(value) is not OffloadedTensor or not value.is_whole or not value.weight.holds:
+        if type(value) is not OffloadedTensor:
             return value
         weight = value.weight
-        if weight.tensor is None:
+        tensor = weight.tensor
+        if tensor is None or not weight.holds or not value.is_whole:
             return value
         # A trace would record the twin as a constant that requires grad, which it cannot.
         if value.trainable and not torch.is_grad_enabled() and not is_tracing():
             return weight.trainable_twin()
-        return weight.tensor
+        return tensor
 
     def __copy__(self) -> nn.Module:
         return self._rebuilt(lambda state: state)

@@ -69,7 +69,7 @@ class Prefetcher:
             room = _reserve_ahead(residency, pieces)
             if room is None:
                 return
-            job = _Job(self._jobs, residency, missing, pieces, room)
+            job = _Job(self._jobs, residency, missing, room)
             try:
                 self._jobs.add(job)
                 residency.load_started(missing, in_background=True)
@@ -114,16 +114,6 @@ class Prefetcher:
             thread.start()
             self._thread = thread
 
-    def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
-        wanted: dict[Key, list[Weight]] = {}
-        for key in residency.trace.upcoming(LOOKAHEAD):
-            weights = residency.weights_of(key)
-            if sum(weight.nbytes for weight in weights) >= SMALL_GROUP_BYTES:
-                wanted[key] = weights
-                if len(wanted) == self.depth:
-                    break
-        return wanted
-
 
 @dataclass(eq=False, slots=True)
 class _Job:
@@ -132,13 +122,12 @@ class _Job:
     under_way: set[_Job]  # of its prefetcher; this is in it until it has finished or was abandoned
     residency: Residency
     weights: Sequence[Weight]
-    pieces: Sequence[loading.Piece]
     room: loading.Room
 
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            tensors = loading.load(self.pieces, self.room)
+            tensors = self.room.load()
         except BaseException as error:  # whatever a store raises: a forward may be waiting
             with self.residency.lock:
                 if self in self.under_way:
@@ -149,7 +138,7 @@ class _Job:
         with self.residency.lock:
             if self in self.under_way:
                 self.under_way.remove(self)
-                self.residency.load_finished(self.weights, tensors, time.perf_counter() - started)
+                self.residency.load_finished(self.weights, self.room, tensors, time.perf_counter() - started)
                 self.residency.read_on()
 
     def abandon(self) -> None:
@@ -174,7 +163,7 @@ class RunAhead:
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            self._tensor = loading.load([self._piece], self._room)[0]
+            self._tensor = self._room.load()[0]
         except BaseException as error:  # for the caller
             self._error = error.with_traceback(None)
         else:
@@ -199,11 +188,12 @@ class RunAhead:
 
 
 def _reserve_ahead(residency: Residency, pieces: Sequence[loading.Piece]) -> loading.Room | None:
+    room = loading.Room(pieces, residency.reading)
     room_bytes = residency.room_ahead_bytes()
-    if room_bytes is not None and loading.peak_bytes(pieces) > room_bytes:
+    if room_bytes is not None and room.peak_bytes > room_bytes:
         return None
     try:
-        return loading.try_reserve(residency.pool, pieces)
+        return room if room.try_take(residency.pool) else None
     except (MemoryError, OSError):  # the system has none left; what runs now must not fail for that
         return None
 

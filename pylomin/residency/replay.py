@@ -35,7 +35,7 @@ class Replay:
 
     def follow(self, key: Key) -> bool:
         """``key`` is used now, by this thread. Whether that is what the order says; if so, go on to it."""
-        place: int | None = getattr(self._at, "place", None)
+        place: int | None = getattr(self._at, "place", -1)
         if place is None:
             return False
         place = place + 1 if place + 1 < len(self.order) else 0

@@ -79,6 +79,7 @@ class Residency:
     def __init__(self, memory_budget: int | None = None) -> None:
         self.pool = BufferPool(memory_budget)
         self.retention = Retention()
+        self.reading = loading.Reading()
         self.scratch: ScratchDirectory | None = None
         self._stats = Stats()
         self._overlay = Overlay()
@@ -98,6 +99,7 @@ class Residency:
         ] = {}  # threads that wait for memory, and whether they still need to
         self._waiters: list[_Waiter] = []
         self.lock = threading.RLock()
+        self._plan(())
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
@@ -198,10 +200,10 @@ class Residency:
                 continue
             missed = True
             started = time.perf_counter()
-            tensors = loading.load(*claim)
+            tensors = claim.load()
             with self.lock:
                 stalled_s = time.perf_counter() - started
-                self.load_finished(hold.claimed, tensors, stalled_s)
+                self.load_finished(hold.claimed, claim, tensors, stalled_s)
                 hold.claimed = []
                 self._stats.stall_s += stalled_s
 
@@ -242,7 +244,7 @@ class Residency:
             if room is None:
                 waiter.wait()
         started = time.perf_counter()
-        values = loading.load([piece], room)[0]
+        values = room.load()[0]
         read_s = time.perf_counter() - started
         with self.lock:
             self.run_was_read(piece, read_s)
@@ -298,7 +300,7 @@ class Residency:
 
     # -- under the lock ---------------------------------------------------------------------------------------------
 
-    def _claim(self, hold: Hold, waiter: _Waiter | None) -> tuple[list[loading.Piece], loading.Room] | None:
+    def _claim(self, hold: Hold, waiter: _Waiter | None) -> loading.Room | None:
         """Mark what is missing as loading, by this hold, and set memory aside; None if there is nothing to load now."""
         for weight in hold.weights:
             if (error := weight.error) is not None:
@@ -315,7 +317,7 @@ class Residency:
             return None
         hold.claimed = missing
         self.load_started(missing)
-        return pieces, room
+        return room
 
     def _used(self, hold: Hold, missed: bool) -> None:
         self._uses += 1
@@ -333,9 +335,11 @@ class Residency:
             self._stats.hits += 1
         if not in_order:
             return
-        order = self.retention.used(tuple([weight.index for weight in hold.weights]))
+        key = tuple([weight.index for weight in hold.weights])
+        order = self.retention.used(key)
         if order is not None:
             self._plan(order)
+            self.retention.resume(key)
         if self._prefetcher is not None:
             self._prefetcher.schedule(self)
 
@@ -352,17 +356,18 @@ class Residency:
                     self._drop(loaded)
 
     def _footprint(self, key: Key) -> Group:
-        pieces = [loading.Piece.of(weight) for weight in self.weights_of(key)]
-        return Group(loading.resident_bytes(pieces), loading.peak_bytes(pieces))
+        room = loading.Room([loading.Piece.of(weight) for weight in self.weights_of(key)], self.reading)
+        return Group(room.resident_bytes)
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
         for weight in weights:
             weight.state = State.LOADING
 
-    def load_finished(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor], read_s: float) -> None:
-        pieces = [loading.Piece.of(weight) for weight in weights]
-        loaded = Loaded(tuple(weight.index for weight in weights), loading.resident_bytes(pieces))
+    def load_finished(
+        self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
+    ) -> None:
+        loaded = Loaded(tuple(weight.index for weight in weights), room.resident_bytes)
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -372,9 +377,9 @@ class Residency:
                 weight.loaded_version = weight.tensor._version
                 weight.loaded = loaded
                 weight.state = State.RESIDENT
-        self._stats.bytes_read += sum(piece.stored_bytes for piece in pieces)
+        self._stats.bytes_read += sum(piece.stored_bytes for piece in room.pieces)
         self._stats.read_s += read_s
-        self._largest_bytes = max(self._largest_bytes, loading.peak_bytes(pieces))
+        self._largest_bytes = max(self._largest_bytes, room.peak_bytes)
         self._wake()
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
@@ -478,7 +483,7 @@ class Residency:
     ) -> loading.Room | None:
         """Memory for ``pieces``; None if the caller has to wait for it, as long as ``needed``."""
         while True:
-            room = loading.try_reserve(self.pool, pieces)
+            room = loading.try_reserve(self.pool, pieces, self.reading)
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
@@ -508,8 +513,7 @@ class Residency:
 
     def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
-        buffer_bytes, converted_bytes = loading.needed_bytes(pieces)
-        needed_bytes = buffer_bytes + sum(converted_bytes)
+        needed_bytes = loading.Room(pieces, self.reading).peak_bytes
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
         return BudgetError(
             f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "

@@ -66,12 +66,12 @@ class Retention:
         order: Sequence[Key] | None = cycle.record(key)
         if order is not None:
             self._cycles.of_thread = None
-        return order
+        return order if order != self.order else None
 
     def plan(
         self, order: Sequence[Key], groups: Mapping[Key, Group], budget_bytes: int | None, *, reads_ahead: bool
     ) -> None:
-        """Decide what stays, for uses that repeat in this order."""
+        """Decide what stays, for uses that repeat in this order; the first after that is expected next."""
         self.order, self._has_budget = tuple(order), budget_bytes is not None
         self.schedule, self._replay, self._residents = None, None, frozenset()
         if not order or budget_bytes is None:
@@ -84,6 +84,11 @@ class Retention:
         self.schedule = schedule
         self._residents = frozenset(index for key in resident for index in key)
         self._replay = Replay(self.order, resident)
+
+    def resume(self, key: Key) -> None:
+        """This thread uses ``key`` now, in a plan that has just been made."""
+        if self._replay is not None:
+            self._replay.seek(key)
 
     # -- decisions --------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pylomin.store.base import InMemoryStore, WeightStore
+from pylomin.store.extents import ExtentStore, StoredWeight
 
 if TYPE_CHECKING:
     from pylomin.residency.residency import Residency
@@ -63,7 +64,7 @@ def dense_layout(tensor: torch.Tensor) -> Layout:
 class Source:
     """Bytes in a store that never change while this object lives; shared by every weight that reads them."""
 
-    __slots__ = ("__weakref__", "layout", "memory", "name", "store")
+    __slots__ = ("__weakref__", "layout", "memory", "name", "store", "stored")
 
     def __init__(
         self,
@@ -75,6 +76,8 @@ class Source:
         self.store = store
         # The store again, if its weights are tensors in memory; asked once, for a protocol check takes 20 µs.
         self.memory = store if isinstance(store, InMemoryStore) else None
+        # Where in a file it is, if its store says so: then it is read, or mapped, past the store.
+        self.stored: StoredWeight | None = store.location(name) if isinstance(store, ExtentStore) else None
         self.name = name
         self.layout = layout  # of the stored bytes, on the CPU
         if on_unused is not None:
