@@ -6,7 +6,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from pylomin.errors import StoreChangedError, StoreReadError
 from pylomin.io import page_cache
@@ -35,8 +35,7 @@ class Extent:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class _Stamp:
+class _Stamp(NamedTuple):
     """What tells one state of a file from another.
 
     Not ctime: it changes when another file is renamed over ours, which leaves our bytes alone.
@@ -127,18 +126,21 @@ class WeightFile:
 
         Raises:
             StoreReadError, StoreChangedError: as :meth:`read`.
+            ValueError: not :attr:`can_map`.
         """
+        if not self.can_map:
+            raise ValueError(f"{self.path!r} is written by this process: read it instead of mapping it")
         descriptor = self._opened()
         try:
             self._check_unchanged(descriptor.fd)
             try:
                 map_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes)
-                shown_bytes = os.fstat(descriptor.fd).st_size - offset_bytes
             except OSError as error:
                 self._find_fault(descriptor.fd, offset_bytes, nbytes)
                 self._raise_unless_complete(offset_bytes, nbytes, 0, error)
             self._check_unchanged(descriptor.fd)
-            self._raise_unless_complete(offset_bytes, nbytes, min(nbytes, max(0, shown_bytes)), None)
+            shown_bytes = min(nbytes, max(0, self._stamp.size_bytes - offset_bytes))
+            self._raise_unless_complete(offset_bytes, nbytes, shown_bytes, None)
         finally:
             del descriptor
 
