@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pylomin.lazy import tiles
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
 from pylomin.residency.weight import Layout
 
@@ -160,6 +161,9 @@ def _bmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     It asks also when gradients are off. It did not fold here; if the plain parameter would have made it, start over.
     """
+    tiled = tiles.product(func, args, kwargs)
+    if tiled is not NotImplemented:
+        return tiled
     left, right = args
     matrix = right if isinstance(right, OffloadedTensor) else left
     if torch.is_grad_enabled() or not matrix.trainable or matrix.stride(0) != 0:

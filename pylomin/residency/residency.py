@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -232,6 +232,11 @@ class Residency:
             self._stats.loads += 1
             self._stats.bytes_read += piece.stored_bytes
         return values
+
+    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; valid until the next is asked for."""
+        for run in runs:
+            yield self.load_runs(weight, [run])
 
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""

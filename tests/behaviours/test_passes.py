@@ -479,7 +479,8 @@ def test_smallest_budget_that_the_error_names_works() -> None:
         x = IDS if isinstance(model, Everything) else torch.randn(2, 8 if isinstance(model, Mlp) else 40)
         for grad in (False, True):
             for _ in range(2):
-                assert_same(run(plain, x, grad=grad), run(lazy, x, grad=grad))
+                # Tiles round otherwise than whole weights.
+                torch.testing.assert_close(run(lazy, x, grad=grad), run(plain, x, grad=grad))
         assert pylomin.stats(lazy).peak_bytes <= needed
 
 
