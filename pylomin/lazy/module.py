@@ -146,12 +146,16 @@ def loads_rows(module: nn.Module, dim: int) -> bool:
     return dim >= 3 and not type(module).__module__.startswith("torch.nn.")
 
 
-def loads_tiles(module: nn.Module) -> bool:
-    """Whether a forward of ``module`` does nothing with its ``weight`` but multiply by it, so that tiles are enough."""
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear with a weight of its own: ``nn.Linear``, or what transformers calls ``Conv1D``."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         return False
-    if isinstance(module, nn.Linear):
-        return original_class(type(module)).forward is nn.Linear.forward
-    # Conv1D of transformers: a linear whose weight is (in, out).
-    return tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
+    # A Conv1D keeps its weight as (in, out).
+    return isinstance(module, nn.Linear) or tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
+
+
+def loads_tiles(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` does nothing with its ``weight`` but multiply by it, so that tiles are enough."""
+    cls = original_class(type(module))
+    return is_linear(module) and (not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward)

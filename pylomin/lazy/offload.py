@@ -219,18 +219,23 @@ def is_tileable(tie: Tie) -> bool:
 
 
 def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
-    """For each module, the weights that are in memory together when it is used; one row of what loads by rows."""
+    """For each module, the weights that are in memory together when it is used; one row of what loads by rows.
+
+    Rows of tables of three dimensions are matrices: experts, which load by tiles as linears do where they are too large.
+    """
     groups: dict[nn.Module, dict[str, Footprint]] = {}
     for module, name, stored, conversions, tileable, tile_rows in owned:
-        whole = Footprint(name, stored.nbytes, sum(step.nbytes for step in conversions))
-        lines = max(1, stored.shape[0]) if loads_rows(module, len(stored.shape)) else 1
-        if lines == 1 and tileable:
+        rows = max(1, stored.shape[0]) if loads_rows(module, len(stored.shape)) else 1
+        lines = 1
+        if rows == 1 and tileable:
             lines = lines_of(stored)[0]
-            line = whole._replace(lines=lines, tile_rows=tile_rows)
-        else:
-            line = whole
-        line = line._replace(stored_bytes=whole.stored_bytes // lines, converted_bytes=whole.converted_bytes // lines)
-        groups.setdefault(module, {})[name] = line
+        elif len(stored.shape) == 3 and rows > 1:  # an expert, which is a matrix
+            lines = max(1, stored.shape[1])
+        parts = rows * lines
+        footprint = Footprint(
+            name, stored.nbytes // parts, sum(step.nbytes for step in conversions) // parts, lines, tile_rows
+        )
+        groups.setdefault(module, {})[name] = footprint
     return [list(group.values()) for group in groups.values()]
 
 

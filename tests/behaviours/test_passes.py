@@ -485,7 +485,7 @@ def test_smallest_budget_that_the_error_names_works() -> None:
 
 
 def test_budget_error_names_the_weight() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(400, 300))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(400, 300, 1))
     with pytest.raises(pylomin.BudgetError, match=r"weight '1\.weight' needs .*skip_modules"):
         pylomin.lazy_loading(model, memory_budget="100KiB")
     assert is_ordinary(model)
