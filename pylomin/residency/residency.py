@@ -280,6 +280,11 @@ class Residency:
         with self.lock:
             self._stats.stall_s += seconds
 
+    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; valid until the next is asked for."""
+        for run in runs:
+            yield self.load_runs(weight, [run])
+
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""
         waiter = _Waiter()
