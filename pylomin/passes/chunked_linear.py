@@ -8,6 +8,7 @@ from torch import nn
 
 from pylomin.errors import PassError
 from pylomin.lazy.module import is_linear
+from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.lazy_loading import offload_modules
 from pylomin.passes.selection import ModuleT, check_model, named_or_given
@@ -67,6 +68,8 @@ def chunked_linear(
         assert isinstance(table, OffloadedTensor)
         table.weight.tileable = True
         table.weight.tile_rows = rows_of(module)
+    for residency in residencies_of(model):
+        residency.set_budget(residency.memory_budget)
     return model
 
 

@@ -19,15 +19,16 @@ class Hold:
     entering the block.
     """
 
-    __slots__ = ("claimed", "counted", "pinned", "residency", "thread_id", "unsettled", "weights")
+    __slots__ = ("claimed", "counted", "group", "pinned", "residency", "thread_id", "unsettled", "weights")
 
-    def __init__(self, residency: Residency, weights: Sequence[Weight]) -> None:
+    def __init__(self, residency: Residency, weights: Sequence[Weight], group: Sequence[Weight]) -> None:
         self.pinned: list[Weight] = []
         self.unsettled: list[Loaded] = []  # let go, and not decided yet whether it stays
         self.claimed: list[Weight] = []  # being loaded by this hold
         self.counted = False  # among the holds of its thread
         self.residency = residency
         self.weights = weights
+        self.group = group
         self.thread_id = threading.get_ident()
 
     def __enter__(self) -> None:
