@@ -166,14 +166,17 @@ class WeightFile:
         try:
             self._check_unchanged(descriptor.fd)
             access = self._direct_access(descriptor)
+            target = buffer[offset_bytes % PAGE_BYTES :][:nbytes]
             if access.descriptor is not None and access.suits(buffer):
                 count, error = fill_direct(access, offset_bytes, nbytes, buffer)
                 if error is None or not refuses(error):
+                    if error is None and count < nbytes:
+                        rest, error = fill(descriptor.fd, offset_bytes + count, [target[count:]])
+                        count += rest
                     self._raise_unless_complete(offset_bytes, nbytes, count, error)
                     return
                 self._direct = DirectAccess.refused(error)
-            start = offset_bytes % PAGE_BYTES
-            self._fill_and_drop(descriptor.fd, offset_bytes, [buffer[start : start + nbytes]])
+            self._fill_and_drop(descriptor.fd, offset_bytes, [target])
         finally:
             del descriptor
 
