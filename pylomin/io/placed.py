@@ -54,7 +54,7 @@ def place(extents: Sequence[Extent], mode: Mode) -> Placement:
     offsets = [0] * len(extents)
     runs: list[PlacedRun] = []
     end = 0
-    for run in coalesce([extents[i] for i in wanted]):
+    for run in coalesce([extents[i] for i in wanted], gaps_take_memory=mode != "buffered"):
         run = Run(run.extents, tuple(wanted[i] for i in run.members))
         if mode == "mapped" and can_map(run.extents):
             placed, end = _mapped(run, aligned(end, PAGE_BYTES))

@@ -3,6 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pylomin.io.buffers import PAGE_BYTES
 from pylomin.io.files import Extent
 from pylomin.io.runs import _MAX_GAP_BYTES, coalesce
 
@@ -27,6 +28,16 @@ def test_every_extent_is_in_one_run(extents: list[Extent]) -> None:
     assert [run.start for run in runs] == sorted(run.start for run in runs)
     for before, after in zip(runs, runs[1:], strict=False):
         assert not 0 <= after.start - before.stop <= _MAX_GAP_BYTES
+
+
+@given(EXTENTS)
+def test_gaps_that_take_memory_are_small(extents: list[Extent]) -> None:
+    runs = list(coalesce(extents, gaps_take_memory=True))
+    assert sorted(i for run in runs for i in run.members) == list(range(len(extents)))
+    for run in runs:
+        for i, (before, after) in enumerate(zip(run.extents, run.extents[1:], strict=False)):
+            so_far = run.extents[i].stop - run.start
+            assert 0 <= after.start - before.stop <= min(_MAX_GAP_BYTES, max(PAGE_BYTES, so_far // 8))
 
 
 @given(EXTENTS)
