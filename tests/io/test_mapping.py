@@ -26,7 +26,7 @@ def mapped(
 ) -> torch.Tensor:
     pages = (pool or BufferPool()).try_take_pages(mapped_bytes(offset, nbytes))
     assert pages is not None
-    file.map(offset, nbytes, pages)
+    assert file.map(offset, nbytes, pages)
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=offset % PAGE_BYTES)
 
 
@@ -182,10 +182,36 @@ def test_deleted_and_replaced(path: Path) -> None:
 
 
 def test_a_private_file_is_not_mapped(path: Path) -> None:
-    file = WeightFile(path, watched=False)
-    assert not file.can_map
-    with pytest.raises(ValueError, match="read it instead"):
-        mapped(file)
+    file, pages = WeightFile(path, watched=False), BufferPool().try_take_pages(PAGE_BYTES)
+    assert pages is not None
+    assert file.map_refused == "this process writes to it"
+    assert not file.map(0, PAGE_BYTES, pages)
+    assert pages[:] == bytes(PAGE_BYTES)
+
+
+@pytest.mark.parametrize(("number", "remembered"), [(errno.ENODEV, True), (errno.ENOMEM, False)])
+@pytest.mark.parametrize("left_a_hole", [False, pytest.param(True, marks=linux)])
+def test_a_mapping_that_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remembered: bool, left_a_hole: bool
+) -> None:
+    """The pages stay ours, also where the kernel unmapped them before it failed."""
+    file, pages = WeightFile(path), BufferPool().try_take_pages(2 * PAGE_BYTES)
+    assert pages is not None
+
+    def refuse(address: int, nbytes: int, fd: int, offset: int) -> None:
+        if left_a_hole:
+            assert ctypes.CDLL(None).munmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) == 0
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(syscalls, "map_file", refuse)
+        assert not file.map(5, 100, pages, PAGE_BYTES)
+    pages[PAGE_BYTES : PAGE_BYTES + 3] = b"abc"
+    assert pages[:] == bytes(PAGE_BYTES) + b"abc" + bytes(PAGE_BYTES - 3)
+    assert (file.map_refused is not None) == remembered
+    assert file.map(5, 100, pages, PAGE_BYTES) != remembered
+    if remembered:
+        assert str(file.map_refused) == f"the file system refuses to map it: {os.strerror(number)} (errno {number})"
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -261,13 +287,12 @@ class TestFaults:
         assert pool.in_use_bytes() == 0
         assert content(mapped(file, 5, 100, pool)) == CONTENT[5:105]
 
-    @pytest.mark.parametrize("name", ["map_file", "populate"])
-    def test_only_the_mapping_fails(self, path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_only_the_mapping_fails(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*arguments: int) -> None:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
-        monkeypatch.setattr(syscalls, name, fail)
-        with pytest.raises(StoreReadError, match=r"16384 bytes at offset 0 of .*Cannot allocate memory \(errno 12\)"):
+        monkeypatch.setattr(syscalls, "populate", fail)
+        with pytest.raises(StoreReadError, match=r"16384 bytes at offset 0 of .*Bad address \(errno 14\)"):
             mapped(WeightFile(path))
 
     def test_a_kernel_that_cannot_populate(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pylomin.errors import StoreReadError
 from pylomin.io import files, page_cache, syscalls
 from pylomin.io.buffers import PAGE_BYTES
 from pylomin.io.files import Extent, WeightFile
@@ -126,6 +127,10 @@ def test_a_read_that_drops(file: WeightFile, path: Path, monkeypatch: pytest.Mon
     file.read(100, [memoryview(buffer) for buffer in buffers], drop_cache=True)
     assert b"".join(buffers) == data[100 : 100 + 4 * PAGE_BYTES + 1]
     assert dropped == [(0, 3 * PAGE_BYTES), (2 * PAGE_BYTES, 3 * PAGE_BYTES), (4 * PAGE_BYTES, PAGE_BYTES)]
+
+    with pytest.raises(StoreReadError, match=f"ends at byte {len(data)}: expected {6 * PAGE_BYTES} bytes at offset"):
+        file.read(len(data) - 5 * PAGE_BYTES, [memoryview(bytearray(6 * PAGE_BYTES))], drop_cache=True)
+    assert dropped[-1] == (len(data) - PAGE_BYTES, 2 * PAGE_BYTES)
 
 
 @given(

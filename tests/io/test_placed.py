@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,6 +137,12 @@ def test_mapped_pages_are_the_files_own(data_path: Path, monkeypatch: pytest.Mon
     assert mapped == [(4096, 4096)]
     check(WeightFile(data_path, watched=False), other_run + aligned_run, "mapped")
     assert len(mapped) == 1, "a private file is read"
+
+    def refuse(address: int, nbytes: int, fd: int, offset: int) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(syscalls, "map_file", refuse)
+    check(WeightFile(data_path), other_run + aligned_run, "mapped")
 
 
 @pytest.mark.parametrize("mode", MODES)
