@@ -18,6 +18,10 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
         "Time that a rewritten module adds to each call",
         ["-m", "benchmarks.module_overhead"],
     ),
+    "schedule": (
+        "Time that planning takes, and how far plans are from the best",
+        ["-m", "benchmarks.schedule"],
+    ),
 }
 
 
