@@ -151,9 +151,9 @@ def _gathered_bmm(left: torch.Tensor, right: torch.Tensor) -> Any:
         first = last
     if products and m:
         multiply(products)
-    out = torch.empty(tokens, m, n, dtype=other.dtype, device=other.device)
-    out[order] = results.view(tokens, m, n)
-    return out if is_right else out.mT.contiguous()
+    out = other.new_empty((tokens, m, n) if is_right else (tokens, n, m))
+    (out if is_right else out.mT)[order] = results.view(tokens, m, n)
+    return out
 
 
 if hasattr(aten, "_grouped_mm"):  # since torch 2.8
