@@ -154,7 +154,10 @@ def is_linear(module: nn.Module) -> bool:
     if weight is None or weight.dim() != 2:
         return False
     # A Conv1D keeps its weight as (in, out).
-    return isinstance(module, nn.Linear) or tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
+    return isinstance(module, nn.Linear) or tuple(weight.shape) == (
+        getattr(module, "nx", None),
+        getattr(module, "nf", None),
+    )
 
 
 def loads_tiles(module: nn.Module) -> bool:
