@@ -188,13 +188,14 @@ class Residency:
         """``with residency.hold(weights):`` they are resident inside the block.
 
         Args:
-            group: all weights that are used in the block, also those that load by tiles; default: ``weights``.
+            group: all weights that are used in the block, also those that load by tiles; default: ``weights``, all of
+                which have to be resident.
 
         Raises:
             BudgetError: they do not fit beside what is held now.
             StoreReadError: their bytes cannot be read, or could not in the background before.
         """
-        return Hold(self, weights, weights if group is None else group)
+        return Hold(self, weights, group)
 
     def acquire(self, hold: Hold) -> None:
         with self.lock:
@@ -244,6 +245,16 @@ class Residency:
             self._unpin(hold)
         if first_error is not None:
             raise first_error
+
+    def use_by_tiles(self, hold: Hold) -> bool:
+        """What did not fit is used by tiles from now on, where that is possible. Whether that changes anything."""
+        with self.lock:
+            for weight in hold.group or ():
+                weight.tiled = weight.tiled or tile_rows(weight, self.memory_budget) is not None
+        whole = [weight for weight in hold.weights if not weight.tiled]
+        changed = hold.group is not None and len(whole) < len(hold.weights)
+        hold.weights = whole if changed else hold.weights
+        return changed
 
     def load_private(self, weight: Weight) -> torch.Tensor:
         """All values, in a tensor that nobody else sees."""
@@ -358,10 +369,11 @@ class Residency:
             self._stats.loads += 1
         else:
             self._stats.hits += 1
-        for weight in hold.group:
+        group = hold.weights if hold.group is None else hold.group
+        for weight in group:
             if weight.transient:
                 return
-        key = tuple([weight.index for weight in hold.group])
+        key = tuple([weight.index for weight in group])
         if self._recording is not None:
             self._recording.append((key, time.perf_counter(), self._stats.stall_s))
         order = self.retention.used(key)
