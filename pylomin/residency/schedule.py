@@ -23,9 +23,9 @@ ASSUMED_GAIN = 0.03  # part of the time for which more is read, where it is but 
 EQUAL_VALUE = 1.25  # ratio up to which groups save as much for their bytes as others
 LARGEST_STEPS = 4  # sizes from which on groups are tried as residents for their size alone
 FEW_GROUPS = 10  # every choice of residents is weighed
-SHORT_USES = 64  # in orders up to this the search ends by itself
+SHORT_USES = 64  # orders up to this are searched to the end
 SEARCHED_USES = 1_000  # in longer orders nothing is simulated
-SEARCH_STEPS = 60_000  # uses to simulate before the best so far is taken
+SEARCH_STEPS = 60_000  # uses to simulate in others, before the best so far is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ def choose_residents(
     """The residents for an order of uses that repeats.
 
     The quickest of a family of candidates by simulation; all choices, where groups are few. The family does not depend
-    on the budget, so that a larger one is never slower (up to ``SHORT_USES``; beyond, the search is cut short). In
-    orders of more than ``SEARCHED_USES``, the least reading that leaves room for two neighbours in the window.
+    on the budget, so that a larger one is never slower, where costs are known; in orders of more than ``SHORT_USES``
+    but for what a search that is cut short may miss. In those of more than ``SEARCHED_USES``, the least reading that
+    leaves room for two neighbours in the window.
 
     Args:
         order: the groups of one cycle in order of use, as indices into ``groups``.
@@ -206,11 +207,12 @@ def _quickest(
     """The quickest candidate, and its time: branch and bound. One that comes later must be quicker by ``gain``."""
     best, best_s = frozenset[int](), math.inf
     compute_sum_s = sum(compute_s)
+    most_steps = SEARCH_STEPS if len(weighed.order) > SHORT_USES else math.inf
     seen: set[frozenset[int]] = set()
     steps = 0
     for candidates in _families(weighed, budget_bytes):
         for residents, bound_s in candidates:
-            if max(compute_sum_s, bound_s) >= best_s or steps > SEARCH_STEPS:
+            if max(compute_sum_s, bound_s) >= best_s or steps > most_steps:
                 break
             steps += len(weighed.used)
             window_bytes = budget_bytes - weighed.bytes_of(residents)

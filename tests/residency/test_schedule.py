@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import schedule as benchmark
 from pylomin.residency import schedule as module
 from pylomin.residency.schedule import Schedule, choose_residents, smallest_budget
 from pylomin.residency.simulation import Costs, Group, StreamedCycle, lower_bound, simulate
@@ -41,6 +43,14 @@ def test_close_to_the_best_of_all_choices(given_: Instance) -> None:
     found = plan(given_)
     assert found.elapsed_s is not None
     assert found.elapsed_s <= 1.05 * best_s(given_)
+
+
+def test_the_search_of_larger_instances_is_close_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small ones, where the best is known."""
+    monkeypatch.setattr(module, "FEW_GROUPS", 0)
+    ratios = benchmark.distances(random.Random(0), 150, 1, 8, benchmark.best_s)["costs_known"]
+    assert ratios["mean"] < 1.02
+    assert ratios["90%"] < 1.05
 
 
 @settings(deadline=None, max_examples=50)
