@@ -1,7 +1,6 @@
 """Matrix products with a large offloaded weight, tile by tile: no more than a tile of it is in memory.
 
-A tile is a run of lines of the weight, as they lie in the store. In ``x @ weight.t()``, which is what a linear comes to,
-lines are columns of the result, and each tile is multiplied into its place there. In ``x @ weight`` (the gradient of a
+A tile is a run of lines of the weight, as they lie in the store. In ``x @ weight.t()``, what a linear comes to, lines are columns of the result, and each tile is multiplied into its place there. In ``x @ weight`` (the gradient of a
 linear; a layer that keeps its weight as (in, out)) lines are summed over, and each tile adds to the whole result.
 Reading such a weight by columns instead would mean many small reads, each of a whole page.
 """

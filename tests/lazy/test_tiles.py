@@ -117,9 +117,7 @@ def test_products(name: str, mode: str) -> None:
     transposed=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(
-    out: int, size: int, rows: int, batch: list[int], transposed: bool, dtype: torch.dtype
-) -> None:
+def test_any_shape(out: int, size: int, rows: int, batch: list[int], transposed: bool, dtype: torch.dtype) -> None:
     """Small integers are summed without rounding, so that a tile left out or read twice shows."""
     generator = torch.Generator().manual_seed(out)
     plain = torch.randint(-3, 4, (out, size), generator=generator).to(dtype)
@@ -154,7 +152,6 @@ def test_gradcheck() -> None:
     weight = tiled(random(OUT, IN).double())
     x = random(2, IN).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: F.linear(x, weight), (x,))  # type: ignore[no-untyped-call]
-
 
 
 def test_write_between_forward_and_backward_is_an_error() -> None:
