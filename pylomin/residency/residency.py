@@ -390,7 +390,8 @@ class Residency:
         for weight in list(self._weights.values()):
             weight.tiled = tile_rows(weight, self.memory_budget) is not None
         groups = {key: self._footprint(key) for key in dict.fromkeys(order)} if self.memory_budget is not None else {}
-        self.retention.plan(order, groups, self.memory_budget, reads_ahead=self._prefetcher is not None)
+        reads_ahead = self._prefetcher is not None and not self.reads_inline
+        self.retention.plan(order, groups, self.memory_budget, reads_ahead=reads_ahead)
         if self.retention.schedule is None:
             return
         for weight in list(self._weights.values()):
