@@ -7,6 +7,7 @@ from pylomin.errors import (
     BudgetError,
     OffloadedWriteError,
     PassError,
+    PlanError,
     PylominError,
     ScratchError,
     StoreChangedError,
@@ -20,9 +21,13 @@ from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
 from pylomin.passes.chunked_embedding import chunked_embedding
 from pylomin.passes.chunked_linear import chunked_linear
+from pylomin.passes.fit import fit
 from pylomin.passes.lazy_loading import lazy_loading
+from pylomin.passes.memory_budget import set_memory_budget
+from pylomin.passes.planning import plan_of
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
+from pylomin.residency.plan import Plan
 from pylomin.residency.stats import Stats
 from pylomin.store.open import open_store
 
@@ -33,6 +38,8 @@ __all__ = [
     "OffloadedWriteError",
     "PassError",
     "PeakMemory",
+    "Plan",
+    "PlanError",
     "PylominError",
     "ScratchError",
     "Stats",
@@ -43,11 +50,14 @@ __all__ = [
     "WeightNotFoundError",
     "chunked_embedding",
     "chunked_linear",
+    "fit",
     "lazy_loading",
     "load",
     "open_store",
     "peak_memory",
+    "plan_of",
     "prefetch",
     "restore",
+    "set_memory_budget",
     "stats",
 ]

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from pylomin.residency.cycle import Cycle
 from pylomin.residency.eviction import evict
+from pylomin.residency.recording import Measured
 from pylomin.residency.replay import Replay
 from pylomin.residency.schedule import Schedule, choose_residents
 from pylomin.residency.simulation import Group
@@ -42,6 +43,7 @@ class Retention:
         self.schedule: Schedule | None = None
         self._residents: frozenset[int] = frozenset()  # indices of weights
         self._replay: Replay | None = None
+        self._measured: Measured | None = None
         self._has_budget = False
         self._cycles = threading.local()
 
@@ -77,10 +79,13 @@ class Retention:
         if not order or budget_bytes is None:
             return
         numbers = {key: number for number, key in enumerate(groups)}
-        # Where nothing is read ahead, computing hides no reading: the least reading is best, whatever the window.
-        compute_s = None if reads_ahead else [0.0] * len(order)
+        measured = self.measured
+        compute_s = measured.compute_s if measured is not None else None
+        if not reads_ahead:  # computing hides no reading: the least reading is best, whatever the window
+            compute_s = [0.0] * len(order)
+        costs = measured.costs if measured is not None else None
         schedule = choose_residents(
-            [numbers[key] for key in order], list(groups.values()), budget_bytes, compute_s=compute_s
+            [numbers[key] for key in order], list(groups.values()), budget_bytes, compute_s=compute_s, costs=costs
         )
         if schedule is None:
             return
@@ -88,6 +93,18 @@ class Retention:
         self.schedule = schedule
         self._residents = frozenset(index for key in resident for index in key)
         self._replay = Replay(self.order, resident)
+
+    @property
+    def measured(self) -> Measured | None:
+        """What one cycle of the planned order takes, if that was measured."""
+        measured = self._measured
+        return measured if measured is not None and measured.order == self.order else None
+
+    def learn(self, order: Sequence[Key], measured: Measured | None) -> None:
+        """Uses will come in this order, and take what was measured."""
+        self._measured = measured
+        for key in (*order, *order[:2]):
+            self.trace.record(key)
 
     def resume(self, key: Key) -> None:
         """This thread uses ``key`` now, in a plan that has just been made."""
