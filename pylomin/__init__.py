@@ -16,6 +16,7 @@ from pylomin.errors import (
     WeightMismatchError,
     WeightNotFoundError,
 )
+from pylomin.io.modes import Mode
 from pylomin.lazy import partial as _partial  # noqa: F401  # registers the operators that need only some rows
 from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "Mode",
     "OffloadedWriteError",
     "PassError",
     "PeakMemory",

@@ -99,12 +99,16 @@ def _identities(model: nn.Module) -> dict[str, str]:
 
 
 def _predicted_peak(residency: Residency, groups: Mapping[Key, Group], budget: int) -> int:
-    """Of the ledger. Read inline, one group streams at a time; read ahead, as many as the window lets pass."""
+    """Of the ledger.
+
+    Read inline, or tile by tile, one group streams at a time; read ahead, as many as the window lets pass.
+    """
     retention = residency.retention
     assert retention.schedule is not None
     resident_bytes = sum(group.size_bytes for key, group in groups.items() if retention.stays(key))
-    if not residency.reads_ahead:
-        return resident_bytes + max((g.need_bytes for key, g in groups.items() if not retention.stays(key)), default=0)
+    streamed = [group for key, group in groups.items() if not retention.stays(key)]
+    if not residency.reads_ahead or all(group.streamed_bytes is not None for group in streamed):
+        return resident_bytes + max((group.need_bytes for group in streamed), default=0)
     measured, places = retention.measured, {key: place for place, key in enumerate(groups)}
     compute_s = measured.compute_s if measured is not None else [0.0] * len(retention.order)
     simulation = simulate(

@@ -76,6 +76,7 @@ class Retention:
         """Decide what stays, for uses that repeat in this order; the first after that is expected next."""
         self.order, self._has_budget = tuple(order), budget_bytes is not None
         self.schedule, self._replay, self._residents = None, None, frozenset()
+        self._cycles = threading.local()  # what was observed of another order no longer counts
         if not order or budget_bytes is None:
             return
         numbers = {key: number for number, key in enumerate(groups)}
