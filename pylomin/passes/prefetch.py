@@ -23,7 +23,7 @@ def prefetch(model: ModuleT, *, depth: int | None = None, memory_budget: int | s
 
     Raises:
         PassError: ``depth`` is out of range, or there is nothing yet that ``memory_budget`` could apply to.
-        BudgetError: ``memory_budget`` is smaller than the largest group. The model is unchanged.
+        BudgetError: ``memory_budget`` is too small, as in :func:`pylomin.lazy_loading`. The model is unchanged.
     """
     check_model(model)
     depth = 1 if depth is None else depth
