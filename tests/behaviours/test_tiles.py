@@ -386,6 +386,14 @@ def test_linear_larger_than_the_budget() -> None:
     assert bytes_read(lazy, lambda: run(lazy, x)) <= 4096 * 257 * 4
 
 
+def test_peak_memory_counts_a_tile() -> None:
+    lazy = pylomin.chunked_linear(nn.Linear(256, 4096), chunk_size="64KiB")
+    run(lazy, torch.ones(256))
+    with pylomin.peak_memory(lazy) as peak:
+        run(lazy, torch.ones(256))
+    assert peak.weight_bytes == (64 << 10) + 4096 * 4
+
+
 def test_bias_larger_than_tiles() -> None:
     model = nn.Linear(2, 4096)
     plain = copy.deepcopy(model)
