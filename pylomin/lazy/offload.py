@@ -295,7 +295,7 @@ def check_budget(groups: Sequence[Sequence[Footprint]], memory_budget: int | Non
     largest = max(groups, key=smallest_budget, default=())
     needed = smallest_budget(largest)
     if memory_budget is not None and needed > memory_budget:
-        name = max(largest, key=lambda weight: weight.stored_bytes).name
+        name = max(largest, key=lambda weight: weight.lines * weight.stored_bytes).name
         raise BudgetError(
             f"weight '{name}' needs {format_bytes(needed)} resident, but memory_budget is {memory_budget} "
             f"({format_bytes(memory_budget)}). Use memory_budget of at least {needed}, or keep its module in memory, "

@@ -70,7 +70,8 @@ def lazy_loading(
 
     Raises:
         PassError: an argument, or a parameter of the model, that this cannot work with. The model is unchanged.
-        BudgetError: ``memory_budget`` is smaller than the largest group of weights used together.
+        BudgetError: ``memory_budget`` is smaller than the largest group of weights used together. Of a linear, that
+            is its bias and two rows: what does not fit twice runs by tiles; see :func:`pylomin.chunked_linear`.
         WeightNotFoundError, WeightMismatchError: ``weights`` are not this model's.
         ScratchError: the weights could not be written.
 

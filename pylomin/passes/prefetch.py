@@ -32,14 +32,13 @@ def prefetch(
         depth: how many groups to read ahead; small ones, which are read faster than a thread wakes, do not count.
             Default: 1, or under a memory budget as many as its window holds. A second call changes it.
         memory_budget: a new budget, as in :func:`pylomin.lazy_loading`. Default: unchanged.
-
         plan: of an earlier run of the same model: a :class:`Plan`, or the file that ``pylomin.plan_of(model).save``
             wrote. What stays is decided anew, for the present budget.
 
     Raises:
         PassError: ``depth`` is out of range, or there is nothing yet that ``memory_budget`` or ``plan`` could apply to.
         PlanError: the plan was made for another model. The model is unchanged.
-        BudgetError: ``memory_budget`` is smaller than the largest group. The model is unchanged.
+        BudgetError: ``memory_budget`` is too small, as in :func:`pylomin.lazy_loading`. The model is unchanged.
     """
     check_model(model)
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
