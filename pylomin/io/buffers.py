@@ -143,11 +143,15 @@ class BufferPool:
             self._collect()
 
     def set_limit(self, limit_bytes: int | None) -> None:
-        """Change the limit; free blocks are given up first. Live ones leave when their last view dies."""
+        """Change the limit; free blocks are given up first. Live ones leave when their last view dies.
+
+        The peak is counted anew.
+        """
         with self._lock:
             self.limit_bytes = limit_bytes
             self._collect()
             self._make_room(0)
+            self.peak_bytes = self.live_bytes
 
     def trim(self) -> None:
         """Give all free blocks back to the system."""

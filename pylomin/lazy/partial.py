@@ -45,8 +45,10 @@ def rows_at(table: OffloadedTensor, indices: torch.Tensor, *, batch_rows: int | 
 
 
 def has_packed_rows(table: OffloadedTensor) -> bool:
-    """Each row is one run of elements in the store, and not in memory yet."""
+    """Each row is one run of elements in the store, and not in memory now; nor should all of them be."""
     if table.dim() == 0 or table.numel() == 0 or table.weight.tensor is not None or not table.weight.keeps_order:
+        return False
+    if table.chunk_rows is None and table.weight.residency.keeps_all:
         return False
     return table.is_contiguous()
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from pylomin.errors import BudgetError, ScratchError, without_frames
-from pylomin.io.buffers import BufferPool
+from pylomin.io.buffers import BufferPool, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.hold import Hold
@@ -93,7 +93,7 @@ class Residency:
         self._overlay = Overlay()
         self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
         self._weights_seen = 0
-        self._total_bytes = 0  # if all weights were in memory
+        self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
@@ -191,6 +191,16 @@ class Residency:
         clone.scratch = self.scratch
         clone.set_depth(self._prefetcher.fixed_depth if self._prefetcher is not None else 0)
         return clone
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all weights fit into the budget together; then what is used by rows is kept whole, too."""
+        budget = self.memory_budget
+        if budget is None:
+            return False
+        with self.lock:
+            self._forget_replaced()
+            return self._total_bytes <= budget
 
     def expect(self, nbytes: int) -> None:
         """A group of so many bytes will be loaded; the window must have room for it."""
@@ -415,7 +425,7 @@ class Residency:
         for weight in list(self._weights.values()):
             weight.tiled = weight.tiled and not self.retention.stays((weight.index,))
         for loaded in list(self._in_memory):
-            if loaded.kept and not self.retention.stays(loaded.members):
+            if loaded.kept and self.retention.streams and not self.retention.stays(loaded.members):
                 loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
                 if not self._is_held(loaded):
                     self._drop(loaded)
@@ -552,7 +562,8 @@ class Residency:
         """Weights that users replaced are gone, and what they took of the budget is free."""
         if len(self._weights) != self._weights_seen:
             self._weights_seen = len(self._weights)
-            self._total_bytes = sum(w.peak_load_bytes for w in list(self._weights.values()) if not w.transient)
+            whole = [weight for weight in list(self._weights.values()) if not weight.transient]
+            self._total_bytes = sum(block_bytes(aligned(weight.peak_load_bytes)) for weight in whole)
             for loaded in [loaded for loaded in self._in_memory if not self._members(loaded)]:
                 self._drop(loaded)
 
