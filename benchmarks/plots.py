@@ -42,6 +42,27 @@ def plot_speed_against_memory(rows: Sequence[Mapping[str, Any]], path: Path) -> 
     _save(figure, axes, path)
 
 
+def plot_speed_against_budget(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw tokens per second of rows with a budget beside what the bound allows, and those of others as lines."""
+    figure, axes = _figure()
+    done = sorted(
+        (row for row in rows if "bound_s" in row and "budget_bytes" in row), key=lambda row: row["budget_bytes"]
+    )
+    budgets_gib = [row["budget_bytes"] / (1 << 30) for row in done]
+    speeds = {name: [1 / row["pass_s"][name] for row in done] for name in ("median", "smallest", "largest")}
+    bounds = [1 / row["bound_s"]["median"] for row in done]
+    axes.plot(budgets_gib, bounds, label="bound", color=COLOURS[0], linestyle="--", linewidth=1.2)
+    axes.plot(budgets_gib, speeds["median"], label="pylomin", color=COLOURS[1], marker=MARKERS[0], linewidth=1.6)
+    axes.fill_between(budgets_gib, speeds["largest"], speeds["smallest"], color=COLOURS[1], alpha=0.2, linewidth=0)
+    others = [row for row in rows if "pass_s" in row and row not in done]
+    for row, colour in zip(others, COLOURS[2:], strict=False):
+        limit = f", limit {row['limit_bytes'] / 1e9:.1f} GB" if row.get("limit_bytes") else ""
+        axes.axhline(1 / row["pass_s"]["median"], label=row["variant"] + limit, color=colour, linewidth=1.2)
+    axes.set(xlabel="memory budget for weights, GiB", ylabel="tokens per second")
+    axes.set_title("Decoding speed against the budget, file cold")
+    _save(figure, axes, path)
+
+
 def _figure() -> tuple[Any, Any]:
     # The object interface: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
