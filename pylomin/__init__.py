@@ -19,6 +19,7 @@ from pylomin.lazy import partial as _partial  # noqa: F401  # registers the oper
 from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
 from pylomin.passes.chunked_embedding import chunked_embedding
+from pylomin.passes.chunked_linear import chunked_linear
 from pylomin.passes.lazy_loading import lazy_loading
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
@@ -41,6 +42,7 @@ __all__ = [
     "WeightMismatchError",
     "WeightNotFoundError",
     "chunked_embedding",
+    "chunked_linear",
     "lazy_loading",
     "load",
     "open_store",

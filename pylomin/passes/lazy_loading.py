@@ -143,3 +143,23 @@ def check_parameter(tie: Tie, *, has_weights: bool = False) -> None:
         problem = "is on the meta device and has no values; pass weights=, or build with pylomin.load"
     if problem is not None:
         raise PassError(f"parameter '{tie.fqn}' {problem} (skip_modules=[...] keeps a module in memory).")
+
+
+def offload_modules(model: nn.Module, targets: Iterable[nn.Module]) -> None:
+    """Offload what ``targets`` still have in memory, with what is tied to it.
+
+    Raises:
+        PassError: a parameter cannot be offloaded. The model is unchanged.
+        ScratchError: the weights could not be written.
+    """
+    wanted = set(targets)
+    ties = [
+        tie
+        for tie in find_ties(slots_of(model))
+        if any(slot.module in wanted for slot in tie.slots) and not isinstance(tie.parameter, OffloadedTensor)
+    ]
+    for tie in ties:
+        check_parameter(tie)
+    if ties:
+        residency = residency_for(model)
+        offload(model, ties, written_sources(ties, residency, None), residency)

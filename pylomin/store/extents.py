@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from pylomin.errors import StoreReadError
 from pylomin.io.files import Extent, WeightFile
+from pylomin.io.placed import Placement, read_run
+from pylomin.io.runs import coalesce
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.requests import check_request, weight_not_found
-
-_MAX_GAP_BYTES = 1 << 16  # 64 KiB: a cached read over it took 1.3 us, another call 3 us
-# Where bytes between two weights go. Shared by all threads: nobody looks at what is in it.
-_DISCARD = memoryview(bytearray(_MAX_GAP_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,42 +80,36 @@ class ExtentStore:
 
 def read_extents(pieces: Iterable[tuple[StoredWeight, ReadRequest]]) -> None:
     """Fill the destinations of all requests, in file order and with one read per adjacent run."""
-    by_file: dict[WeightFile, list[tuple[int, ReadRequest]]] = {}
+    by_file: dict[WeightFile, list[tuple[Extent, ReadRequest]]] = {}
     for weight, request in pieces:
         check_request(request, weight.info, repr(weight.file.path))
         start = weight.extent.start + request.offset_bytes
-        by_file.setdefault(weight.file, []).append((start, request))
-    for file, placed in by_file.items():
-        for run in _coalesce(placed):
+        extent = Extent(start, start + len(request.destination))
+        by_file.setdefault(weight.file, []).append((extent, request))
+    for file, wanted in by_file.items():
+        for run in coalesce([extent for extent, _ in wanted]):
+            requests = [wanted[i][1] for i in run.members]
             try:
-                file.read(run.start, run.buffers)
+                file.read(run.start, run.scatter([request.destination for request in requests]))
             except StoreReadError as error:
-                names = ", ".join(repr(name) for name in dict.fromkeys(run.names))
-                raise type(error)(f"could not read weight {names}: {error}") from error
+                raise _naming([request.name for request in requests], error) from error
 
 
-@dataclass(slots=True)
-class _Run:
-    """Requests that one read serves."""
+def read_placed(
+    file: WeightFile, placement: Placement, names: Sequence[str], buffer: Any, *, drop_cache: bool = False
+) -> None:
+    """Bring all extents of a placement into ``buffer``; ``names`` are those of their weights, in the same order.
 
-    start: int
-    stop: int  # (exclusive)
-    buffers: list[memoryview] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    Raises:
+        StoreReadError: naming the weights and the file.
+    """
+    for placed in placement.runs:
+        try:
+            read_run(file, placed, buffer, drop_cache=drop_cache)
+        except StoreReadError as error:
+            raise _naming([names[i] for i in placed.run.members], error) from error
 
 
-def _coalesce(placed: list[tuple[int, ReadRequest]]) -> Iterator[_Run]:
-    run: _Run | None = None
-    for start, request in sorted(placed, key=lambda piece: piece[0]):
-        if run is not None and 0 <= start - run.stop <= _MAX_GAP_BYTES:
-            if start > run.stop:
-                run.buffers.append(_DISCARD[: start - run.stop])
-        else:
-            if run is not None:
-                yield run
-            run = _Run(start, start)
-        run.buffers.append(request.destination)
-        run.names.append(request.name)
-        run.stop = start + len(request.destination)
-    if run is not None:
-        yield run
+def _naming(names: Sequence[str], error: StoreReadError) -> StoreReadError:
+    quoted = ", ".join(repr(name) for name in dict.fromkeys(names))
+    return type(error)(f"could not read weight {quoted}: {error}")

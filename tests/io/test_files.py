@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pylomin.errors import PylominError, StoreChangedError, StoreReadError
-from pylomin.io import files
+from pylomin.io import reading
 from pylomin.io.files import Extent, WeightFile
 
 CONTENT = bytes(range(256)) * 64  # 16 KiB
@@ -89,7 +89,7 @@ class TestRead:
             calls.append(sum(map(len, buffers)))
             return preadv(fd, buffers, offset)
 
-        monkeypatch.setattr(files, "_MAX_READ_BYTES", 1000)
+        monkeypatch.setattr(reading, "_MAX_READ_BYTES", 1000)
         monkeypatch.setattr(os, "preadv", counting)
         assert read(WeightFile(path), 0, 300, 2500, 700) == [
             CONTENT[:300],
@@ -114,7 +114,7 @@ class TestRead:
 
     def test_without_preadv(self, path, monkeypatch):
         monkeypatch.delattr(os, "preadv")
-        monkeypatch.setattr(files, "_COPY_BYTES", 50)
+        monkeypatch.setattr(reading, "_COPY_BYTES", 50)
         assert read(WeightFile(path), 10, 64, 100) == [CONTENT[10:74], CONTENT[74:174]]
 
     def test_end_of_file(self, path):
