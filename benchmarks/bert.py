@@ -25,7 +25,7 @@ from benchmarks.passes import Report
 from benchmarks.plots import plot_memory_over_time
 from benchmarks.rows import memory_line, summarise
 from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, run_variants, save
-from examples.bert import EMBEDDING, SIZES, accelerate, checkpoint, chunked_embedding, lazy, resident
+from examples.bert import SIZES, accelerate, checkpoint, chunked_embedding, lazy, resident
 
 PASSES = {"together": 6, "alone": 2}
 CHUNK_SIZE = "4MiB"
@@ -38,18 +38,11 @@ def tiled(config: BertConfig, directory: Path) -> nn.Module:
     return model
 
 
-def tiled_and_chunked(config: BertConfig, directory: Path) -> nn.Module:
-    """As ``tiled``, with the word embedding in chunks."""
-    model = tiled(config, directory)
-    return pylomin.chunked_embedding(model, target_module_name=EMBEDDING, chunk_size=2048)
-
-
 TOGETHER: dict[str, Callable[[BertConfig, Path], nn.Module]] = {
     "resident": resident,
     "lazy": lazy,
     "lazy + 4 MiB tiles": tiled,
     "lazy + chunked embedding": chunked_embedding,
-    "lazy + 4 MiB tiles + chunked embedding": tiled_and_chunked,
 }
 ALONE = {**TOGETHER, "accelerate disk_offload": accelerate}
 

@@ -45,6 +45,7 @@ def work(variant: str, config: BertConfig, directory: Path) -> dict[str, Any]:
     batch = tokens(config)
     with torch.inference_mode():
         output = model(batch).last_hidden_state  # also records the order of the weights
+        report.measure_disk(model)
         report.passes(lambda: model(batch), PASSES, model)
         fields = report.finish(lambda: model(batch), model)
     report.compare(output, directory / "resident-output.safetensors", is_reference=is_resident)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pylomin
 from benchmarks.common import WorkerRun
-from benchmarks.decode import ABOVE_BUDGET_BYTES, PROMPT_TOKENS, TOKENS, WARM_UP_TOKENS, decode
+from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES, PROMPT_TOKENS, TOKENS, WARM_UP_TOKENS, decode
 from benchmarks.llama import NEEDED_BYTES, SIZES, TorchDecoder, checkpoint, prepare, resident
 from benchmarks.passes import Report
 from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, rows_of, run_variants, save
@@ -43,7 +43,7 @@ def work(variant: str, memory_budget: int, config: LlamaConfig, directory: Path)
         report = Report()
         decode(resident(config, directory), report, config, directory, is_reference=True)
     else:
-        report = Report(checkpoint(directory))
+        report = Report(checkpoint(directory), piece_bytes=PIECE_BYTES)
         model = fitted(config, checkpoint(directory), memory_budget)
         decode(TorchDecoder(model), report, config, directory)
         report.fields["predicted"] = predicted(model)

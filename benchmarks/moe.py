@@ -98,6 +98,7 @@ def work(variant: str, config: Qwen2MoeConfig, weights: Path) -> dict[str, Any]:
     with torch.inference_mode():
         logits = decoder(numbers[:PROMPT_TOKENS])
         needed.take()
+        report.measure_disk(model)
         for number in numbers[PROMPT_TOKENS:-1]:
             report.passes(partial(decoder, [number]), 1, model)
             report.fields["passes"][-1]["needed_bytes"] = needed.take()

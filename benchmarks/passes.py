@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,12 +19,14 @@ class Report:
     """Collects what one process has to say about one model; ``fields`` go to the parent as JSON.
 
     Args:
-        cold: the file whose reads are measured cold: it is dropped from the page cache before every pass, and the
-            speed of its disk is measured before the first and after the last. None: nothing is read from the disk.
+        cold: the file whose reads are measured cold: it is dropped from the page cache before every pass. None:
+            nothing is read from the disk.
+        piece_bytes: how much of it the model reads at one time.
     """
 
-    def __init__(self, cold: Path | None = None) -> None:
+    def __init__(self, cold: Path | None = None, *, piece_bytes: int = 16 << 20) -> None:
         self._cold = cold
+        self._piece_bytes = piece_bytes
         self.fields: dict[str, Any] = {
             "started_s": time.time(),
             "start_process_bytes": process_bytes(),
@@ -32,7 +34,14 @@ class Report:
         }
         if cold is not None:
             self.fields["cached_share"] = cached_share(cold)
-            self.fields["bandwidth_bytes_per_s"] = [disk_bandwidth(cold)]
+            self.fields["bandwidth_bytes_per_s"] = []
+
+    def measure_disk(self, model: nn.Module | None) -> None:
+        """Measure how fast the disk is now, read as the model reads; before the passes, and ``finish`` after them."""
+        if self._cold is not None:
+            stats = _stats(model)
+            mode: Literal["direct", "buffered"] = "buffered" if stats and stats.reading_mode == "buffered" else "direct"
+            self.fields["bandwidth_bytes_per_s"].append(disk_bandwidth(self._cold, mode, self._piece_bytes))
 
     def passes(self, run: Callable[[], Any], count: int, model: nn.Module | None = None) -> None:
         """Time ``count`` calls of ``run``, and what they read of the weights of ``model``, if those are offloaded."""
@@ -48,8 +57,7 @@ class Report:
     def finish(self, run: Callable[[], Any], model: nn.Module | None = None) -> dict[str, Any]:
         """The report. Measures one more pass of ``run``, slower for it, for the memory of tensors."""
         self.fields["finished_s"] = time.time()
-        if self._cold is not None:
-            self.fields["bandwidth_bytes_per_s"].append(disk_bandwidth(self._cold))
+        self.measure_disk(model)
         if model is not None:
             with pylomin.peak_memory(model) as peak:
                 run()
