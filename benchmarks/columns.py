@@ -34,6 +34,11 @@ def value(key: str, form: str) -> Cell:
     return lambda row: form.format(row[key]) if row.get(key) is not None else NOTHING
 
 
+def quantile(name: str) -> Cell:
+    """Of how far plans are from what they are compared with: 1 is no worse."""
+    return lambda row: f"{row['over'][name]:.3f}" if "over" in row else NOTHING
+
+
 def grown(row: Mapping[str, Any]) -> str:
     """Growth of the process over what it had after its imports."""
     if "peak_process_bytes" not in row:
@@ -101,6 +106,11 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
     "module_overhead": [
         ("µs per call", median("us_per_call", "{:.1f}")),
         ("added µs per call", median("added_us_per_call", "{:.1f}", spread=True)),
+    ],
+    "schedule": [
+        ("planning takes", median("planning_ms", "{:.1f} ms", spread=True)),
+        ("instances", value("instances", "{}")),
+        *((name, quantile(name)) for name in ("mean", "median", "90%", "99%", "largest")),
     ],
     "many_tensors": [
         ("shards", value("shards", "{}")),
@@ -172,6 +182,9 @@ def caption(name: str, result: Mapping[str, Any]) -> str:
             f"At the same limit, pylomin is {ratio['median']:.2f} times ({ratio['smallest']:.2f}–"
             f"{ratio['largest']:.2f}) as fast as {peer}."
         )
+    if "never_falls" in result:
+        falls = "never falls" if result["never_falls"] else "**falls**"
+        lines.append(f"From one budget to the next larger one, speed {falls} by more than the rounds differ.")
     lines.append(f"`{result['command']}`, {result['date']}, commit {result['commit']}.")
     return "  \n".join(lines)  # two spaces: a line break in Markdown
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def against_peers(main: str, runs: Mapping[str, list[WorkerRun]], failures: Mapp
     }
 
 
+def never_falls(rows: list[dict[str, Any]]) -> bool:
+    """Whether speed never falls from one budget to the next larger one, as far as the spread of the rounds tells."""
+    times = [row["pass_s"] for row in sorted(rows, key=lambda row: row["budget_bytes"]) if "pass_s" in row]
+    return all(later["smallest"] <= earlier["median"] for earlier, later in pairwise(times))
+
+
 def main() -> None:
     """Measure and write the result."""
     options = parse("decode", __doc__, rounds=3, limit_s=540)
@@ -147,7 +154,11 @@ def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
             "conditions": sorted(conditions.notes),
         }
         rows = rows_of(all_variants, runs, failures)
-        results = {"rows": rows, "times_as_fast_as": against_peers(main, runs, failures)}
+        results = {
+            "rows": rows,
+            "times_as_fast_as": against_peers(main, runs, failures),
+            "never_falls": never_falls([row for row in rows if "budget_bytes" in row]),
+        }
         plot_speed_against_budget(rows, options.output / "decode.png")
         save(options, settings, results)
 

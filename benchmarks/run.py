@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     **{
         name: (question, ["-m", f"benchmarks.{name}"])
         for name, question in {
+            "schedule": "Time that planning takes, and how far plans are from the best",
             "module_overhead": "Time that a rewritten module adds to each call",
             "many_tensors": "Time to load a checkpoint of 10,000 tensors",
             "big_linear": "One layer of 1 GiB under a budget of 64 MiB",

@@ -17,6 +17,10 @@ class BudgetError(PylominError, MemoryError):
     """The memory budget cannot hold what must be in memory at one time."""
 
 
+class PlanError(PylominError, ValueError):
+    """A plan is malformed, or was made for another model."""
+
+
 class StoreFormatError(PylominError, ValueError):
     """A weight file, header or shard index is malformed. Raised before any weight is read."""
 

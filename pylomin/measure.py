@@ -101,6 +101,7 @@ class _Tracker(TorchDispatchMode):
         self._model = model
 
     def __enter__(self) -> _Tracker:
+        resident_bytes_of_all()  # what has died already is not to be seen dying
         self._undo = observe(self._add_weight)
         self._add_weight(resident_bytes_of_all())
         resident = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]

@@ -53,35 +53,36 @@ def open_direct(fd: int, path: str) -> DirectAccess:
         return DirectAccess.refused(f"it asks for memory aligned to {memory} and offsets aligned to {offset} bytes")
     # By descriptor it is the same file even if that was deleted or replaced; by path where /proc is not mounted.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT
-    refusal: OSError | str = "opened again, the path is another file"
+    refusal: OSError | str = "the file cannot be opened again"
     for name in (f"/proc/self/fd/{fd}", path):
         try:
             descriptor = Descriptor(os.open(name, flags))
-            if os.path.samestat(os.fstat(descriptor.fd), os.fstat(fd)):
-                return DirectAccess(descriptor, memory)
+            is_same = os.path.samestat(os.fstat(descriptor.fd), os.fstat(fd))
         except OSError as error:
             refusal = error
+            continue
+        if is_same:
+            return DirectAccess(descriptor, memory)
+        refusal = "opened again, the path is another file"
     return DirectAccess.refused(refusal)
 
 
 def fill_direct(access: DirectAccess, offset_bytes: int, nbytes: int, buffer: memoryview) -> tuple[int, OSError | None]:
-    """Read the pages that hold ``nbytes`` at ``offset_bytes``; returns as :func:`pylomin.io.reading.fill` does."""
+    """Read the pages that hold ``nbytes`` at ``offset_bytes``; returns as :func:`pylomin.io.reading.fill` does.
+
+    It also stops where a call ends within a page, at the end of the file or before a fault: direct reads cannot go on.
+    """
     assert access.descriptor is not None
     before = offset_bytes % PAGE_BYTES
     length = direct_bytes(offset_bytes, nbytes)
     position = 0
     while position < before + nbytes:
-        # After an odd end of a call the last block is read again: a direct read cannot start within it.
-        start = position - position % PAGE_BYTES
+        batch = buffer[position : min(length, position + _MAX_READ_BYTES)]
         try:
-            count = os.preadv(
-                access.descriptor.fd,
-                [buffer[start : min(length, start + _MAX_READ_BYTES)]],
-                offset_bytes - before + start,
-            )
+            count = os.preadv(access.descriptor.fd, [batch], offset_bytes - before + position)
         except OSError as error:
             return max(0, position - before), error
-        if start + count <= position:
+        position += count
+        if count == 0 or count % PAGE_BYTES:
             break
-        position = start + count
     return min(max(0, position - before), nbytes), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pylomin.io import page_cache
 from pylomin.io.buffers import PAGE_BYTES
 from pylomin.io.descriptor import Descriptor, open_weight_file
 from pylomin.io.direct import DirectAccess, fill_direct, open_direct, refuses
-from pylomin.io.mapping import map_pages
+from pylomin.io.mapping import fault_in, show_pages
 from pylomin.io.reading import fill, pieces
 
 _DROPPED_BYTES = 1 << 24  # 16 MiB; what a read that drops its pages has in the page cache at one time
@@ -72,6 +73,8 @@ class WeightFile:
         self._watched = watched
         self._is_mended: Callable[[Read], bool] | None = None
         self._change_was_raised = False
+        # While views of a private file exist, this process may write other weights to the same bytes.
+        self._map_refusal = None if watched else "this process writes to it"
         self._direct: DirectAccess | None = None
         self._descriptor: Descriptor | None = open_weight_file(self.path)
         try:
@@ -106,16 +109,13 @@ class WeightFile:
         descriptor = self._opened()
         try:
             self._check_unchanged(descriptor.fd)
-            if drop_cache:
-                self._fill_and_drop(descriptor.fd, offset_bytes, buffers)
-            else:
-                self._fill(descriptor.fd, offset_bytes, buffers)
+            self._fill(descriptor.fd, offset_bytes, buffers, drop_cache=drop_cache)
         finally:
             # A traceback keeps this frame; it must not keep the file open too.
             del descriptor
 
-    def map(self, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int = 0) -> None:
-        """Let ``pages`` show ``nbytes`` of the file instead of copying them there, and fault them in.
+    def map(self, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int = 0) -> bool:
+        """Let ``pages`` show ``nbytes`` (> 0) of the file instead of copying them there, and fault them in.
 
         Byte ``offset_bytes`` appears at ``at_bytes + offset_bytes % PAGE_BYTES``; ``at_bytes`` is a multiple of a
         page. What is written to the pages stays in this process. A change of the file is noticed when it comes
@@ -124,30 +124,39 @@ class WeightFile:
         Args:
             pages: from :meth:`~pylomin.io.buffers.BufferPool.try_take_pages`; what they show goes when they go.
 
+        Returns:
+            False where that cannot be; then the pages are as before, and the file can be read into them.
+
         Raises:
             StoreReadError, StoreChangedError: as :meth:`read`.
-            ValueError: not :attr:`can_map`.
         """
-        if not self.can_map:
-            raise ValueError(f"{self.path!r} is written by this process: read it instead of mapping it")
+        if self.map_refused is not None:
+            return False
         descriptor = self._opened()
         try:
             self._check_unchanged(descriptor.fd)
             try:
-                map_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes)
+                show_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:  # there may be memory next time
+                    self._map_refusal = f"the file system refuses to map it: {error.strerror} (errno {error.errno})"
+                return False
+            try:
+                fault_in(offset_bytes, nbytes, pages, at_bytes)
             except OSError as error:
                 self._find_fault(descriptor.fd, offset_bytes, nbytes)
                 self._raise_unless_complete(offset_bytes, nbytes, 0, error)
             self._check_unchanged(descriptor.fd)
             shown_bytes = min(nbytes, max(0, self._stamp.size_bytes - offset_bytes))
             self._raise_unless_complete(offset_bytes, nbytes, shown_bytes, None)
+            return True
         finally:
             del descriptor
 
     @property
-    def can_map(self) -> bool:
-        """False for a private file: this process writes it anew while views of it may exist."""
-        return self._watched
+    def map_refused(self) -> str | None:
+        """Why :meth:`map` maps nothing; None where it does."""
+        return self._map_refusal
 
     def read_direct(self, offset_bytes: int, nbytes: int, buffer: memoryview) -> None:
         """Read past the page cache where the system lets us, otherwise through it, and leave nothing in it.
@@ -166,14 +175,17 @@ class WeightFile:
         try:
             self._check_unchanged(descriptor.fd)
             access = self._direct_access(descriptor)
+            target = buffer[offset_bytes % PAGE_BYTES :][:nbytes]
             if access.descriptor is not None and access.suits(buffer):
                 count, error = fill_direct(access, offset_bytes, nbytes, buffer)
                 if error is None or not refuses(error):
+                    if error is None and count < nbytes:
+                        rest, error = fill(descriptor.fd, offset_bytes + count, [target[count:]])
+                        count += rest
                     self._raise_unless_complete(offset_bytes, nbytes, count, error)
                     return
                 self._direct = DirectAccess.refused(error)
-            start = offset_bytes % PAGE_BYTES
-            self._fill_and_drop(descriptor.fd, offset_bytes, [buffer[start : start + nbytes]])
+            self._fill(descriptor.fd, offset_bytes, [target], drop_cache=True)
         finally:
             del descriptor
 
@@ -260,19 +272,12 @@ class WeightFile:
         except StoreReadError:
             return False
 
-    def _fill(self, fd: int, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
-        count, error = fill(fd, offset_bytes, buffers)
+    def _fill(self, fd: int, offset_bytes: int, buffers: Sequence[memoryview], *, drop_cache: bool = False) -> None:
+        if drop_cache:
+            count, error = _fill_and_drop(fd, offset_bytes, buffers)
+        else:
+            count, error = fill(fd, offset_bytes, buffers)
         self._raise_unless_complete(offset_bytes, sum(map(len, buffers)), count, error)
-
-    def _fill_and_drop(self, fd: int, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
-        position = offset_bytes
-        for piece in pieces(buffers, _DROPPED_BYTES):
-            nbytes = sum(map(len, piece))
-            try:
-                self._fill(fd, position, piece)
-            finally:
-                page_cache.drop(fd, position, nbytes)
-            position += nbytes
 
     def _raise_unless_complete(self, offset_bytes: int, nbytes: int, count: int, error: OSError | None) -> None:
         position = offset_bytes + count
@@ -296,3 +301,16 @@ class WeightFile:
         ignored = memoryview(bytearray(min(nbytes, _CHECKED_BYTES)))
         whole, rest = divmod(nbytes, len(ignored))
         self._fill(fd, offset_bytes, [ignored] * whole + [ignored[:rest]])
+
+
+def _fill_and_drop(fd: int, offset_bytes: int, buffers: Sequence[memoryview]) -> tuple[int, OSError | None]:
+    """Like :func:`fill`, a piece at a time, each of which leaves the page cache before the next comes."""
+    done = 0
+    for piece in pieces(buffers, _DROPPED_BYTES):
+        nbytes = sum(map(len, piece))
+        count, error = fill(fd, offset_bytes + done, piece)
+        page_cache.drop(fd, offset_bytes + done, nbytes)
+        done += count
+        if count < nbytes:
+            return done, error
+    return done, None

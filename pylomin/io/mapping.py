@@ -18,11 +18,25 @@ def mapped_bytes(offset_bytes: int, nbytes: int) -> int:
     return aligned(offset_bytes % PAGE_BYTES + nbytes, PAGE_BYTES)
 
 
-def map_pages(fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
-    """Show the pages that hold ``nbytes`` of a file at ``at_bytes`` of ``pages``, and fault them in. OSError."""
+def show_pages(fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
+    """Let ``pages`` show the file pages that hold a range, at ``at_bytes``. OSError, and then they are as before."""
+    address, length = _place(offset_bytes, nbytes, pages, at_bytes)
+    try:
+        syscalls.map_file(address, length, fd, offset_bytes - offset_bytes % PAGE_BYTES)
+    except OSError:
+        # Some kernels unmap first and then fail; others' memory must not come where ``pages`` will be unmapped.
+        syscalls.fill_hole(address, length)
+        raise
+
+
+def fault_in(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
+    """Fault in what :func:`show_pages` mapped, ahead of use. OSError where a use would be a bus error."""
+    syscalls.populate(*_place(offset_bytes, nbytes, pages, at_bytes))
+
+
+def _place(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> tuple[int, int]:
+    """Address and length of the pages for a range of a file."""
     length = mapped_bytes(offset_bytes, nbytes)
     if at_bytes % PAGE_BYTES or at_bytes < 0 or at_bytes + length > len(pages):
         raise ValueError(f"{length} bytes do not fit at {at_bytes} of {len(pages)} bytes of pages")
-    address = ctypes.addressof(ctypes.c_char.from_buffer(pages, at_bytes))
-    syscalls.map_file(address, length, fd, offset_bytes - offset_bytes % PAGE_BYTES)
-    syscalls.populate(address, length)
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages, at_bytes)), length

@@ -52,7 +52,11 @@ def choose_mode(
             "buffered", False, "the system does not say whether the file is cached, and there is room for it."
         )
     elif cached_fraction < CACHED:
-        reason = f"only {cached_fraction:.0%} of the file is cached"
+        return Choice(
+            "buffered",
+            False,
+            f"only {cached_fraction:.0%} of the file is cached, and there is room for all of it: what is read stays.",
+        )
     elif aligned:
         return Choice("mapped", False, "the file is cached, and there is room for it to stay so.")
     else:

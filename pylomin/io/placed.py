@@ -35,7 +35,10 @@ class Placement:
     offsets: tuple[int, ...]  # where in the buffer each extent starts, in the order given; multiples of 64
 
     def try_take(self, pool: BufferPool) -> Any | None:
-        """The buffer, something :func:`torch.frombuffer` takes, or None where the pool's limit leaves no room."""
+        """The buffer of ``buffer_bytes`` (> 0), or None where the pool's limit leaves no room.
+
+        Something that :func:`torch.frombuffer` takes, and whose bytes are in use until the last tensor on it dies.
+        """
         take = pool.try_take_pages if self.mode == "mapped" else pool.try_take
         return take(self.buffer_bytes)
 
@@ -48,13 +51,14 @@ def can_map(extents: Sequence[Extent]) -> bool:
 def place(extents: Sequence[Extent], mode: Mode) -> Placement:
     """Lay extents of one file, in any order and also overlapping, out in one buffer.
 
-    In mapped mode, runs that cannot be used where they lie are read into pages of the same buffer.
+    In mapped mode, runs that cannot be used where they lie, or that the system refuses to map, are read into pages
+    of the same buffer.
     """
     wanted = [i for i, extent in enumerate(extents) if extent.nbytes]
     offsets = [0] * len(extents)
     runs: list[PlacedRun] = []
     end = 0
-    for run in coalesce([extents[i] for i in wanted]):
+    for run in coalesce([extents[i] for i in wanted], gaps_take_memory=mode != "buffered"):
         run = Run(run.extents, tuple(wanted[i] for i in run.members))
         if mode == "mapped" and can_map(run.extents):
             placed, end = _mapped(run, aligned(end, PAGE_BYTES))
@@ -79,8 +83,7 @@ def read_run(file: WeightFile, placed: PlacedRun, buffer: Any, *, drop_cache: bo
         StoreReadError, StoreChangedError: as :meth:`WeightFile.read`.
     """
     run = placed.run
-    if placed.mode == "mapped" and file.can_map:
-        file.map(run.start, run.nbytes, buffer, placed.at_bytes)
+    if placed.mode == "mapped" and file.map(run.start, run.nbytes, buffer, placed.at_bytes):
         return
     view = memoryview(buffer).cast("B")
     if placed.mode == "direct":

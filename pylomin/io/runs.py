@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from pylomin.io.buffers import PAGE_BYTES
 from pylomin.io.files import Extent
 
 _MAX_GAP_BYTES = 1 << 16  # 64 KiB: a cached read over it took 1.3 us, another call 3 us
@@ -46,14 +47,24 @@ class Run:
         return buffers
 
 
-def coalesce(extents: Sequence[Extent]) -> Iterator[Run]:
-    """Runs in file order, from extents in any order."""
+def coalesce(extents: Sequence[Extent], *, gaps_take_memory: bool = False) -> Iterator[Run]:
+    """Runs in file order, from extents in any order.
+
+    Args:
+        gaps_take_memory: are bytes between extents kept too? Then a gap is larger than a page only in a run that it
+            makes longer by an eighth at most.
+    """
     members: list[int] = []
-    stop = 0
+    start = stop = 0
     for i in sorted(range(len(extents)), key=lambda i: extents[i].start):
-        if members and not 0 <= extents[i].start - stop <= _MAX_GAP_BYTES:
+        most = _MAX_GAP_BYTES
+        if gaps_take_memory:
+            most = min(most, max(PAGE_BYTES, (stop - start) // 8))
+        if members and not 0 <= extents[i].start - stop <= most:
             yield _run(extents, members)
             members = []
+        if not members:
+            start = extents[i].start
         members.append(i)
         stop = extents[i].stop
     if members:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import sys
 
@@ -11,8 +12,9 @@ _LINUX = sys.platform == "linux"
 _NUMBERS_ARE_KNOWN = _LINUX and os.uname().machine in ("x86_64", "aarch64")  # some others number flags and calls anew
 _libc = ctypes.CDLL(None, use_errno=True)  # releases the GIL
 
-_PROT_READ_WRITE = 0x1 | 0x2
-_MAP_PRIVATE_FIXED = 0x02 | 0x10
+_PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_MAP_FIXED = 0x10
+_MAP_FIXED_NOREPLACE = 0x100000  # Linux 4.17
 _MAP_NORESERVE = 0x4000 if _NUMBERS_ARE_KNOWN else 0
 _MADV_WILLNEED = 3
 _MADV_POPULATE_READ = 22  # Linux 5.14
@@ -31,9 +33,15 @@ _STATX_DIOALIGN = 0x2000  # Linux 6.1
 
 def map_file(address: int, nbytes: int, fd: int, offset_bytes: int) -> None:
     """Put private, writable pages of a file where pages of the caller's are; all arguments are multiples of a page."""
-    flags = _MAP_PRIVATE_FIXED | _MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | _MAP_NORESERVE
     if _mmap(address, nbytes, _PROT_READ_WRITE, flags, fd, offset_bytes) == _MAP_FAILED:
         raise _last_error()
+
+
+def fill_hole(address: int, nbytes: int) -> None:
+    """Put anonymous pages where nothing is mapped; without effect where something is."""
+    if _LINUX:
+        _mmap(address, nbytes, _PROT_READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE, -1, 0)
 
 
 def populate(address: int, nbytes: int) -> None:

@@ -7,13 +7,14 @@ which repeats an expert for each of its tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten
-from pylomin.lazy.tiles import Product, multiply
+from pylomin.lazy.tiles import Product, matrix_of, multiply, transposed
 
 
 def is_packed(tensor: object) -> bool:
@@ -37,40 +38,71 @@ def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     first = 0
     for expert, last in enumerate(ends.tolist()):
         if last > first:
-            products.append(Product(tokens[first:last], packed[expert], out[first:last]))
+            products.append(Product(tokens[first:last], matrix_of(packed, expert), out[first:last]))
         first = last
     if products:
         multiply(products)
     return out
 
 
-class GatheredTensor(torch.Tensor):
-    """``table[rows]``, or its transpose, that is not read yet: a matrix of a packed weight for each token.
-
-    A batched product reads each of the matrices once, and no more than a tile at one time. Any other operation reads
-    all, as indexing a tensor in memory would have done.
-    """
+@dataclass(slots=True)
+class Choice:
+    """``table[rows]``; its values once somebody needs them."""
 
     table: OffloadedTensor  # (experts, k, n)
     rows: torch.Tensor  # (tokens,); in range
-    transposed: bool  # each matrix
     writes: int  # to the weight, before this was made
-    values: torch.Tensor | None
+    values: torch.Tensor | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it can be used one matrix at a time."""
+        self.check_unwritten()
+        return self.values is None and is_packed(self.table)
+
+    def load(self) -> torch.Tensor:
+        if self.values is None:
+            self.check_unwritten()
+            self.values = self.table.index_select(0, self.rows)
+        return self.values
+
+    def check_unwritten(self) -> None:
+        weight = self.table.weight
+        if self.values is None and weight.writes != self.writes:
+            raise RuntimeError(
+                f"matrices of weight '{weight.name}' were chosen, but it was modified by an in-place operation before "
+                "they were used. Run backward, or copy them, before writing to it."
+            )
+
+
+class GatheredTensor(torch.Tensor):
+    """``table[rows]``, or its transpose, that is not read yet: a matrix of a packed weight for each token.
+
+    A batched product reads each matrix once, and has no more than a tile in memory. Any other operation reads all, as
+    indexing a tensor in memory does.
+    """
+
+    choice: Choice
+    transposed: bool  # each matrix
 
     @staticmethod
-    def __new__(cls, table: OffloadedTensor, rows: torch.Tensor, transposed: bool = False) -> GatheredTensor:
-        _, k, n = table.shape
+    def __new__(cls, choice: Choice, transposed: bool = False) -> GatheredTensor:
+        count, (_, k, n) = len(choice.rows), choice.table.shape
         tensor: GatheredTensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            (len(rows), n, k) if transposed else (len(rows), k, n),
+            (count, n, k) if transposed else (count, k, n),
             strides=(k * n, 1, n) if transposed else (k * n, n, 1),
-            dtype=table.dtype,
-            device=table.device,
+            dtype=choice.table.dtype,
+            device=choice.table.device,
             storage_size=0,
         )
-        tensor.table, tensor.rows, tensor.transposed = table, rows, transposed
-        tensor.writes, tensor.values = table.weight.writes, None
+        torch._C._set_throw_on_mutable_data_ptr(tensor)  # an error, not a null pointer
+        tensor.choice, tensor.transposed = choice, transposed
         return tensor
+
+    @staticmethod
+    def of(table: OffloadedTensor, rows: torch.Tensor) -> GatheredTensor:
+        return GatheredTensor(Choice(table, rows, table.weight.writes))
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -78,37 +110,19 @@ class GatheredTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        first = args[0]
         if func is aten.bmm.default and (product := _gathered_bmm(*args)) is not NotImplemented:
             return product
-        if isinstance(first, GatheredTensor) and first.values is None:
-            if func in (aten.detach.default, aten.alias.default):
-                return first.again(transposed=first.transposed)
-            if func is aten.transpose.int and {dim % 3 for dim in args[1:]} == {1, 2}:
-                return first.again(transposed=not first.transposed)
-        args, kwargs = tree_map_only(GatheredTensor, GatheredTensor.materialize, (args, kwargs or {}))
+        if func in (aten.detach.default, aten.alias.default):
+            return GatheredTensor(args[0].choice, args[0].transposed)
+        if func is aten.transpose.int and sorted(dim + 3 * (dim < 0) for dim in args[1:]) == [1, 2]:
+            return GatheredTensor(args[0].choice, not args[0].transposed)
+        args, kwargs = tree_map_only(GatheredTensor, GatheredTensor.load, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def again(self, *, transposed: bool) -> GatheredTensor:
-        other = GatheredTensor(self.table, self.rows, transposed)
-        other.writes = self.writes
-        return other
-
-    def materialize(self) -> torch.Tensor:
-        """The values, which writes to this tensor go to."""
-        if self.values is None:
-            self.check_unwritten()
-            values = self.table.index_select(0, self.rows)
-            self.values = values.mT if self.transposed else values
-        return self.values
-
-    def check_unwritten(self) -> None:
-        weight = self.table.weight
-        if weight.writes != self.writes:
-            raise RuntimeError(
-                f"matrices of weight '{weight.name}' were chosen, and the weight was modified by an in-place operation "
-                "before they were used. Run backward, or copy them, before writing to it."
-            )
+    def load(self) -> torch.Tensor:
+        """The values. What is written to this tensor is written to them."""
+        values = self.choice.load()
+        return values.mT if self.transposed else values
 
 
 def _gathered_bmm(left: torch.Tensor, right: torch.Tensor) -> Any:
@@ -116,30 +130,30 @@ def _gathered_bmm(left: torch.Tensor, right: torch.Tensor) -> Any:
     gathered, other = (right, left) if is_right else (left, right.mT)
     if not isinstance(gathered, GatheredTensor) or isinstance(other, GatheredTensor):
         return NotImplemented
-    if gathered.values is not None or not is_packed(gathered.table):
+    choice = gathered.choice
+    if not choice.is_packed:
         return NotImplemented
-    gathered.check_unwritten()
     # Token by token: other (m, k) @ matrix (k, n)
-    matrices = gathered.table.transpose(1, 2) if gathered.transposed == is_right else gathered.table  # type: ignore[assignment]
+    matrices = transposed(choice.table) if gathered.transposed == is_right else choice.table
     _, k, n = matrices.shape
     tokens, m = other.shape[:2]
-    if other.dim() != 3 or other.shape[2] != k or tokens != len(gathered.rows) or other.dtype != gathered.dtype:
+    if other.dim() != 3 or other.shape[2] != k or tokens != len(choice.rows) or other.dtype != gathered.dtype:
         return NotImplemented
-    order = torch.argsort(gathered.rows, stable=True)
-    experts, counts = torch.unique_consecutive(gathered.rows[order], return_counts=True)
+    order = torch.argsort(choice.rows, stable=True)
+    experts, counts = torch.unique_consecutive(choice.rows[order], return_counts=True)
     ordered = other[order].reshape(tokens * m, k)
     results = ordered.new_empty(tokens * m, n)
     products: list[Product] = []
     first = 0
     for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
         last = first + count * m
-        products.append(Product(ordered[first:last], matrices[expert], results[first:last]))
+        products.append(Product(ordered[first:last], matrix_of(matrices, expert), results[first:last]))
         first = last
     if products and m:
         multiply(products)
-    out = torch.empty(tokens, m, n, dtype=other.dtype, device=other.device)
-    out[order] = results.view(tokens, m, n)
-    return out if is_right else out.mT.contiguous()
+    out = other.new_empty((tokens, m, n) if is_right else (tokens, n, m))
+    (out if is_right else out.mT)[order] = results.view(tokens, m, n)
+    return out
 
 
 if hasattr(aten, "_grouped_mm"):  # since torch 2.8

@@ -15,7 +15,6 @@ from pylomin.lazy.autograd import saving_pointers
 from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
-from pylomin.residency.tiling import tile_rows
 from pylomin.residency.weight import Weight
 
 
@@ -81,10 +80,15 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     @not_compiled
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weights = weights_to_hold(self)
-        if not weights:
+        group = whole_weights(self)
+        if not group:
             return run(self, *args, **kwargs)
-        hold = weights[0].residency.hold(weights)
+        weights = group
+        for weight in group:
+            if weight.tiled and not is_tracing():
+                weights = [weight for weight in group if not weight.tiled]
+                break
+        hold = group[0].residency.hold(weights, group)
         if is_tracing():
             with Untraced(hold):
                 return run(self, *args, **kwargs)
@@ -101,19 +105,16 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     return lazy
 
 
-def weights_to_hold(module: nn.Module) -> list[Weight]:
+def whole_weights(module: nn.Module) -> list[Weight]:
     """The whole offloaded weights that the module owns now, each once.
 
-    Not those that load by tiles, at the operation that uses them. Where another model's weight was put into the module,
-    that one loads there as well.
+    Where another model's weight was put into the module, that one loads at the operation that uses it.
     """
     weights: list[Weight] = []
     parameters: Iterable[torch.Tensor | None] = module._parameters.values()
     for parameter in parameters:
         if isinstance(parameter, OffloadedTensor) and parameter.is_whole:
             weight = parameter.weight
-            if weight.tileable and tile_rows(weight, weight.residency.memory_budget) is not None and not is_tracing():
-                continue
             if weight not in weights and (not weights or weight.residency is weights[0].residency):
                 weights.append(weight)
     return weights
@@ -153,7 +154,10 @@ def is_linear(module: nn.Module) -> bool:
     if weight is None or weight.dim() != 2:
         return False
     # A Conv1D keeps its weight as (in, out).
-    return isinstance(module, nn.Linear) or tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
+    return isinstance(module, nn.Linear) or tuple(weight.shape) == (
+        getattr(module, "nx", None),
+        getattr(module, "nf", None),
+    )
 
 
 def loads_tiles(module: nn.Module) -> bool:

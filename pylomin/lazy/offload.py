@@ -221,7 +221,8 @@ def is_tileable(tie: Tie) -> bool:
 def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
     """For each module, the weights that are in memory together when it is used; one row of what loads by rows.
 
-    Rows of tables of three dimensions are matrices: experts, which load by tiles as linears do where they are too large.
+    Rows of tables of three dimensions are matrices, experts, which load by tiles as linears do where they are too
+    large.
     """
     groups: dict[nn.Module, dict[str, Footprint]] = {}
     for module, name, stored, conversions, tileable, tile_rows in owned:

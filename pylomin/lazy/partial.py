@@ -127,7 +127,7 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not _in_range(rows, table.shape[0]):
         return NotImplemented
     if table.dim() == 3 and rows.dim() == 1 and len(rows) * _row_bytes(table) > _batch_bytes(table):
-        return GatheredTensor(table, rows)
+        return GatheredTensor.of(table, rows)
     return rows_at(table, rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pylomin.errors import OffloadedWriteError, TraceError
 from pylomin.lazy.compiling import is_tracing, not_compiled
 from pylomin.lazy.storage import OffloadedStorage
-from pylomin.residency.tiling import lines_of, lines_per_tile
+from pylomin.residency.tiling import lines_per_tile
 from pylomin.residency.weight import Weight
 
 aten = torch.ops.aten
@@ -82,7 +83,13 @@ class OffloadedTensor(torch.Tensor):
                 f"torch.jit.trace cannot follow {func} of an offloaded weight: it would record the result as a "
                 "constant. Trace the ordinary model: pylomin.restore(model), then trace, then lazy_loading again."
             )
-        return _dispatch(func, args, kwargs or {})
+        try:
+            return _dispatch(func, args, kwargs or {})
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they have values that others hold, and people keep errors
+            raise
+        finally:
+            del args, kwargs
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -247,14 +254,12 @@ class OffloadedTensor(torch.Tensor):
 
 def private_values(weight: Weight) -> torch.Tensor:
     """All values, in a tensor that nobody else sees. It need not fit in the budget, which is for what is loaded."""
-    budget, numel = weight.residency.memory_budget, weight.layout.numel
-    lines = None
+    numel, count = weight.layout.numel, None
     if weight.tensor is None and weight.keeps_order and numel:
-        count, line = lines_of(weight.layout)
-        lines = lines_per_tile(count, line * weight.element_bytes, None, budget)
-    if lines is None:
+        count = lines_per_tile(numel, weight.element_bytes, None, weight.residency.memory_budget)
+    if count is None:
         return weight.residency.load_private(weight)
-    runs = [(first, min(first + lines * line, numel)) for first in range(0, numel, lines * line)]
+    runs = [(first, min(first + count, numel)) for first in range(0, numel, count)]
     with torch.inference_mode(False), torch.no_grad():
         values = weight.layout.empty()
         flat = values.as_strided((numel,), (1,))

@@ -1,14 +1,13 @@
 """Matrix products with a large offloaded weight, tile by tile: no more than a tile of it is in memory.
 
-A tile is a run of lines of the weight, as they lie in the store. In ``x @ weight.t()``, which is what a linear comes to,
-lines are columns of the result, and each tile is multiplied straight into its place there. In ``x @ weight`` (the
-gradient of a linear; a layer that keeps its weight as (in, out)) lines are summed over, and each tile adds to the whole
-result. Reading such a weight by columns instead would mean many small reads, each of a whole page.
+A tile is a run of lines of the weight, as they lie in the store. In ``x @ weight.t()``, what a linear comes to, lines are columns of the result, and each tile is multiplied into its place there. In ``x @ weight`` (the gradient of a
+linear; a layer that keeps its weight as (in, out)) lines are summed over, and each tile adds to the whole result.
+Reading such a weight by columns instead would mean many small reads, each of a whole page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +47,7 @@ class Product:
         else:
             self.out.baddbmm_(left, tile.expand(len(left), -1, -1), alpha=self.alpha)
 
-    def _multiply(
-        self, left: torch.Tensor, tile: torch.Tensor, out: torch.Tensor, addend: torch.Tensor | None
-    ) -> None:
+    def _multiply(self, left: torch.Tensor, tile: torch.Tensor, out: torch.Tensor, addend: torch.Tensor | None) -> None:
         # With `out`, kernels write into the slice of a larger result; they make no copy of it.
         if left.dim() == 3:
             tile = tile.expand(len(left), -1, -1)
@@ -94,10 +91,10 @@ def _line_numel(matrix: torch.Tensor) -> int:
     return (matrix.shape[across] - 1) * matrix.stride(across) + 1
 
 
-def multiply(products: Sequence[Product]) -> None:
-    """Compute the products, all with views of one weight, in one stream of tiles."""
+def multiply(products: Iterable[Product]) -> None:
+    """Compute the products (one at least), all with views of one weight, in one stream of tiles."""
     tiles = [(product, *tile) for product in products for tile in _tiles(product.matrix)]
-    weight = products[0].matrix.weight
+    weight = tiles[0][0].matrix.weight
     stream = weight.residency.stream_runs(weight, [run for *_, run in tiles])
     for product, first, last, _ in tiles:
         values = next(stream)
@@ -134,30 +131,38 @@ def product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*(_untouched(arg) if isinstance(arg, OffloadedTensor) else arg for arg in args), **kwargs)
         return NotImplemented
     shape = (*left.shape[:-1], *right.shape[left.dim() - 1 :])
-    if not is_right:  # (matrix @ other).mT = other.mT @ matrix.mT
-        matrices = [matrix.t() for matrix in matrices]
 
     def compute(other: torch.Tensor, *addends: torch.Tensor) -> torch.Tensor:
         out = torch.empty(shape, dtype=operand.dtype, device=operand.device)
-        terms = [other, out, *(addend.expand(out.shape) for addend in addends)]
+        terms = [other, out, *(addend.expand(shape) for addend in addends)]
         if other.dim() == 1:
             terms = [term.unsqueeze(-1) for term in terms]
-        if not is_right:
+        if not is_right:  # (matrix @ other).mT = other.mT @ matrix.mT
             terms = [term.mT for term in terms]
-        if len(matrices) == 1:
-            batch = [terms]
-        else:
-            batch = [[term[i] for term in terms] for i in range(len(matrices))]
         if out.numel():
-            multiply([_product_of(matrix, terms, kwargs) for matrix, terms in zip(matrices, batch, strict=True)])
+            multiply(_products(terms, matrices if is_right else [transposed(matrix) for matrix in matrices], kwargs))
         return out
 
     return run_loaded(compute, (other, *addends), {})
 
 
-def _product_of(matrix: OffloadedTensor, terms: Sequence[torch.Tensor], factors: dict[str, Any]) -> Product:
-    left, out, *addends = terms
-    return Product(left, matrix, out, *addends, **factors)
+def _products(
+    terms: Sequence[torch.Tensor], matrices: Sequence[OffloadedTensor], factors: dict[str, Any]
+) -> Iterator[Product]:
+    """One of the whole batch with one matrix, or one for each of its members."""
+    for index, matrix in enumerate(matrices):
+        left, out, *addends = terms if len(matrices) == 1 else [term[index] for term in terms]
+        yield Product(left, matrix, out, *addends, **factors)
+
+
+def transposed(tensor: OffloadedTensor) -> OffloadedTensor:
+    """The last two dimensions, swapped."""
+    return tensor.transpose(-2, -1)  # type: ignore[return-value]
+
+
+def matrix_of(tensor: OffloadedTensor, index: int) -> OffloadedTensor:
+    """One matrix of a packed weight."""
+    return tensor.select(0, index)  # type: ignore[return-value]
 
 
 def _untouched(tensor: torch.Tensor) -> torch.Tensor:
@@ -167,16 +172,16 @@ def _untouched(tensor: torch.Tensor) -> torch.Tensor:
 def _matrices_to_tile(operand: OffloadedTensor) -> list[OffloadedTensor] | None:
     """The matrices of one operand, one for each member of the batch or one for all; None if it loads whole."""
     if operand.dim() == 3 and (operand.stride(0) == 0 or len(operand) == 1):
-        operand = operand.select(0, 0)  # type: ignore[assignment]
+        operand = matrix_of(operand, 0)
     if operand.dim() == 2:
         return None if matrix_lines(operand) is None else [operand]
     weight = operand.weight
     if operand.dim() != 3 or weight.tensor is not None or not weight.keeps_order or not operand.numel():
         return None
-    matrix_bytes = operand[0].numel() * weight.element_bytes
+    matrix_bytes = operand.numel() // len(operand) * weight.element_bytes
     if lines_per_tile(len(operand), matrix_bytes, None, weight.residency.memory_budget) is None:
         return None
-    return list(operand.unbind())  # type: ignore[arg-type]
+    return [matrix_of(operand, index) for index in range(len(operand))]
 
 
 TILED = (aten.mm, aten.mv, aten.addmm, aten.addmv, aten.baddbmm)  # and bmm, in `partial`

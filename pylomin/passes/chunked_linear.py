@@ -1,13 +1,15 @@
-"""``chunked_linear``: a large linear multiplies tile by tile, with no more than a tile or two of its weight in memory."""
+"""``chunked_linear``: a large linear multiplies tile by tile, a tile or two of its weight in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from pylomin.errors import PassError
 from pylomin.lazy.module import is_linear
+from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.lazy_loading import offload_modules
 from pylomin.passes.selection import ModuleT, check_model, named_or_given
@@ -51,23 +53,31 @@ def chunked_linear(
         )
 
     def rows_of(module: nn.Module) -> int:
-        weight = module.weight
-        row_bytes = weight.nbytes // max(1, len(weight))
+        row_bytes = weight_of(module).nbytes // max(1, len(weight_of(module)))
         return chunk_size if isinstance(chunk_size, int) else max(1, chunk_bytes // max(1, row_bytes))
 
     if target_module_name is None and target_modules is None:
-        targets = [module for module in model.modules() if is_linear(module) and len(module.weight) > rows_of(module)]
-        if not any(is_linear(module) for module in model.modules()):
-            raise PassError(f"{type(model).__name__} has no linear modules.")
+        linears = [module for module in model.modules() if is_linear(module)]
+        if not linears:
+            raise PassError(f"{type(model).__name__} has no linears with a weight of their own.")
+        targets = [module for module in linears if len(weight_of(module)) > rows_of(module)]
     else:
         targets = _targets(model, target_module_name, target_modules)
     offload_modules(model, targets)
     for module in targets:
-        table = module.weight
-        assert isinstance(table, OffloadedTensor)
-        table.weight.tileable = True
-        table.weight.tile_rows = rows_of(module)
+        parameter = weight_of(module)
+        assert isinstance(parameter, OffloadedTensor)
+        parameter.weight.tileable = True
+        parameter.weight.tile_rows = rows_of(module)
+    for residency in residencies_of(model):
+        residency.set_budget(residency.memory_budget)
     return model
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def _targets(model: nn.Module, name: str | None, modules: Iterable[nn.Module] | None) -> list[nn.Module]:
@@ -81,7 +91,7 @@ def _targets(model: nn.Module, name: str | None, modules: Iterable[nn.Module] | 
 
 def _linears(model: nn.Module) -> str:
     """The largest; a model may have hundreds."""
-    found = [(module.weight.nbytes, name) for name, module in model.named_modules() if is_linear(module)]
+    found = [(weight_of(module).nbytes, name) for name, module in model.named_modules() if is_linear(module)]
     largest = sorted(found, reverse=True)[:8]
     listed = ", ".join(f"'{name}' ({format_bytes(nbytes)})" for nbytes, name in largest)
     return (listed + (", ..." if len(found) > len(largest) else "")) or "none"

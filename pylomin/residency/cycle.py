@@ -19,9 +19,9 @@ class Cycle(Generic[K]):
 
     Where nothing is planned for the keys that are seen, speed counts: the first repetition is believed when it has
     gone on for a few uses; and where there is none soon (a loop over tokens after an encoder), the uses so far are
-    taken, with their counts. Where the plan has all of them, only what has repeated in full replaces it, so that
-    the inner loop of a pass is not taken for the pass; and what uses only some of them (the loop over tokens) must
-    have lasted several times as long as the plan's cycle.
+    taken, with their counts. Where the plan has all of them, only what has repeated in full and for as long as
+    the plan's cycle replaces it; and what uses only some of them (the inner loop of a pass, a loop over tokens) must
+    have lasted several times as long.
 
     Repetitions are found by the borders of the window (Knuth, Morris and Pratt 1977): constant time for each use,
     on average. The window is bounded by the number of distinct keys.
@@ -65,9 +65,9 @@ class Cycle(Generic[K]):
         """The uses that must have repeated."""
         if not self._covered:
             return min(period, CONFIRMED)
-        if len(self._distinct) == len(self._planned_keys):
-            return period
-        return max(period, min(OUTWEIGHED * len(self._planned), self._longest // 2))
+        # What repeats within the plan's cycle is not taken for a cycle.
+        times = 1 if len(self._distinct) == len(self._planned_keys) else OUTWEIGHED
+        return max(period, min(times * len(self._planned), self._longest // 2))
 
     def _complete(self, order: list[K]) -> tuple[K, ...]:
         cycle = self._planned if _is_rotation(order, self._planned) else tuple(order)

@@ -15,6 +15,7 @@ from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
+from pylomin.residency.reading import Reading
 from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import StoredWeight, read_placed
@@ -22,15 +23,6 @@ from pylomin.store.extents import StoredWeight, read_placed
 Attach = Callable[[torch.Tensor], None]
 
 SMALL_READ_BYTES = 64 << 10  # 64 KiB; so little is copied faster than it is mapped, and not worth a direct read
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How the weights of files come into memory."""
-
-    mode: Mode = "buffered"
-    drop_cache: bool = False  # after buffered reads
-    why: str = "nothing was streamed yet"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,11 +50,6 @@ def memory_limits(root: str | os.PathLike[str] = "/") -> MemoryLimits:
     return MemoryLimits(min(limits, default=None), tightest.available_bytes, tightest.source)
 
 
-def available_memory_bytes() -> int | None:
-    """Memory that this process can still have, in bytes; None where the system does not say."""
-    return memory_limits().available_bytes
-
-
 def _of_cgroups(root: Path) -> Iterator[_Bound]:
     for group in limited_cgroups(root):
         used, limit = format_bytes(group.used_bytes), format_bytes(group.limit_bytes)

@@ -100,7 +100,7 @@ class Prefetcher:
         most = self.depth if retention.schedule is None else self.fixed_depth or MOST_PLANNED
         wanted: dict[Key, list[Weight]] = {}
         for key in retention.ahead():
-            weights = residency.weights_of(key)
+            weights = [weight for weight in residency.weights_of(key) if not weight.tiled]
             if sum([weight.nbytes for weight in weights]) >= SMALL_GROUP_BYTES:
                 wanted[key] = weights
                 if len(wanted) == most:

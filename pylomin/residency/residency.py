@@ -17,19 +17,24 @@ import torch
 
 from pylomin.errors import BudgetError, ScratchError, without_frames
 from pylomin.io.buffers import BufferPool
+from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.hold import Hold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
+from pylomin.residency.reading import Reading, choose_reading
 from pylomin.residency.retention import Retention
 from pylomin.residency.simulation import Group
 from pylomin.residency.stats import Stats
+from pylomin.residency.tiling import bytes_per_tile, tile_rows
 from pylomin.residency.trace import Key
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout
 from pylomin.store.scratch import ScratchDirectory
 
 RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
+REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
+REVIEW_S = 1.0
 GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
 
 
@@ -79,7 +84,8 @@ class Residency:
     def __init__(self, memory_budget: int | None = None) -> None:
         self.pool = BufferPool(memory_budget)
         self.retention = Retention()
-        self.reading = loading.Reading()
+        self.reading = Reading()
+        self._requested_mode: Mode | None = None
         self.scratch: ScratchDirectory | None = None
         self._stats = Stats()
         self._overlay = Overlay()
@@ -98,6 +104,9 @@ class Residency:
             int, Callable[[], bool]
         ] = {}  # threads that wait for memory, and whether they still need to
         self._waiters: list[_Waiter] = []
+        self._recording: list[tuple[Key, float, float]] | None = None  # group, time, stall so far
+        self._review_at = REVIEW_USES  # number of the use at which the reading mode is chosen anew
+        self._reviewed_s = 0.0
         self.lock = threading.RLock()
         self._plan(())
         _all.add(self)
@@ -115,6 +124,14 @@ class Residency:
                 if not self._evict_one():
                     break
             self.pool.set_limit(memory_budget)
+            self._choose_reading()
+            self._plan(self.retention.order)
+
+    def set_reading_mode(self, mode: Mode | None) -> None:
+        """Read in this mode, wherever it is possible; None: in the one that suits."""
+        with self.lock:
+            self._requested_mode = mode
+            self._choose_reading()
             self._plan(self.retention.order)
 
     def set_depth(self, depth: int | None) -> None:
@@ -138,6 +155,8 @@ class Residency:
             return replace(
                 self._stats,
                 memory_budget=self.memory_budget,
+                reading_mode=self.reading.mode,
+                reading_why=self.reading.why,
                 resident_bytes=self.pool.in_use_bytes(),
                 peak_bytes=self.pool.peak_bytes,
             )
@@ -165,14 +184,18 @@ class Residency:
 
     # -- use --------------------------------------------------------------------------------------------------------
 
-    def hold(self, weights: Sequence[Weight]) -> Hold:
+    def hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None = None) -> Hold:
         """``with residency.hold(weights):`` they are resident inside the block.
+
+        Args:
+            group: all weights that are used in the block, also those that load by tiles; default: ``weights``, all of
+                which have to be resident.
 
         Raises:
             BudgetError: they do not fit beside what is held now.
             StoreReadError: their bytes cannot be read, or could not in the background before.
         """
-        return Hold(self, weights)
+        return Hold(self, weights, group)
 
     def acquire(self, hold: Hold) -> None:
         with self.lock:
@@ -222,6 +245,16 @@ class Residency:
             self._unpin(hold)
         if first_error is not None:
             raise first_error
+
+    def use_by_tiles(self, hold: Hold) -> bool:
+        """What did not fit is used by tiles from now on, where that is possible. Whether that changes anything."""
+        with self.lock:
+            for weight in hold.group or ():
+                weight.tiled = weight.tiled or tile_rows(weight, self.memory_budget) is not None
+        whole = [weight for weight in hold.weights if not weight.tiled]
+        changed = hold.group is not None and len(whole) < len(hold.weights)
+        hold.weights = whole if changed else hold.weights
+        return changed
 
     def load_private(self, weight: Weight) -> torch.Tensor:
         """All values, in a tensor that nobody else sees."""
@@ -326,43 +359,74 @@ class Residency:
 
     def _used(self, hold: Hold, missed: bool) -> None:
         self._uses += 1
-        in_order = True
         for weight in hold.weights:
             loaded: Loaded = weight.loaded
             loaded.last_use = self._uses
             if not loaded.used:
                 loaded.used = True
                 self._ahead.pop(loaded, None)
-            in_order = in_order and not weight.transient
         if missed:
             self._stats.loads += 1
         else:
             self._stats.hits += 1
-        if not in_order:
-            return
-        key = tuple([weight.index for weight in hold.weights])
+        group = hold.weights if hold.group is None else hold.group
+        for weight in group:
+            if weight.transient:
+                return
+        key = tuple([weight.index for weight in group])
+        if self._recording is not None:
+            self._recording.append((key, time.perf_counter(), self._stats.stall_s))
         order = self.retention.used(key)
         if order is not None:
             self._plan(order)
             self.retention.resume(key)
+        if self._uses >= self._review_at:
+            self._review_reading()
         if self._prefetcher is not None:
             self._prefetcher.schedule(self)
 
     def _plan(self, order: Sequence[Key]) -> None:
         """Uses repeat in this order: decide what stays. What no longer does leaves now, or when it is released."""
+        for weight in list(self._weights.values()):
+            weight.tiled = tile_rows(weight, self.memory_budget) is not None
         groups = {key: self._footprint(key) for key in dict.fromkeys(order)} if self.memory_budget is not None else {}
         self.retention.plan(order, groups, self.memory_budget, reads_ahead=self._prefetcher is not None)
         if self.retention.schedule is None:
             return
+        for weight in list(self._weights.values()):
+            weight.tiled = weight.tiled and not self.retention.stays((weight.index,))
         for loaded in list(self._in_memory):
             if loaded.kept and not self.retention.stays(loaded.members):
                 loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
                 if not self._is_held(loaded):
                     self._drop(loaded)
 
+    def _review_reading(self) -> None:
+        """Now and then: what was read may be cached by now, or memory may have become tight."""
+        before, now = self.reading.mode, time.perf_counter()
+        self._review_at = self._uses + max(len(self._weights), REVIEW_USES)
+        if self._requested_mode is None and now - self._reviewed_s > REVIEW_S:
+            self._choose_reading()
+            if self.reading.mode != before:
+                self._plan(self.retention.order)
+
+    def _choose_reading(self) -> None:
+        self._reviewed_s = time.perf_counter()
+        weights = [weight for weight in list(self._weights.values()) if not weight.transient]
+        kept_bytes = self.memory_budget or 2 * self._largest_bytes
+        self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+
     def _footprint(self, key: Key) -> Group:
-        room = loading.Room([loading.Piece.of(weight) for weight in self.weights_of(key)], self.reading)
-        return Group(room.resident_bytes)
+        weights = self.weights_of(key)
+        whole_bytes = self._room_for(weights).resident_bytes
+        tiles_bytes = [2 * bytes_per_tile(weight, self.memory_budget) for weight in weights if weight.tiled]
+        if not tiles_bytes:
+            return Group(whole_bytes)
+        held = [weight for weight in weights if not weight.tiled]
+        return Group(whole_bytes, self._room_for(held).resident_bytes + max(tiles_bytes))
+
+    def _room_for(self, weights: Iterable[Weight]) -> loading.Room:
+        return loading.Room([loading.Piece.of(weight) for weight in weights], self.reading)
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
@@ -494,6 +558,11 @@ class Residency:
                 return room
             if not self._evict_one():
                 break
+        # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
+        room = loading.try_reserve(self.pool, pieces, Reading("buffered", self.reading.mode != "mapped"))
+        if room is not None:
+            self._waiting.pop(thread_id, None)
+            return room
         in_background = self._prefetcher is not None and self._prefetcher.in_flight
         if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
             waiter.hopeless += 1
@@ -537,8 +606,8 @@ class Residency:
 
     @property
     def reads_inline(self) -> bool:
-        """Reading ahead would cost more than it saves."""
-        return False
+        """Reading ahead would cost more than it saves: there is nothing to copy."""
+        return self.reading.mode == "mapped"
 
     def read_on(self) -> None:
         """Under the lock: a background read has finished, and another can be begun."""

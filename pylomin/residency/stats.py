@@ -12,6 +12,8 @@ class Stats:
     ``hits`` are uses that found their weights in memory, ``loads`` uses that had to read them; ``prefetched`` counts
     background reads, each of which ends as a hit or in ``wasted``. ``stall_s`` is the time forwards waited for bytes, ``read_s`` the
     time that reads took, in the background or not.
+    ``reading_mode`` is how bytes of files come into memory: ``"mapped"``, ``"buffered"`` or ``"direct"``, and
+    ``reading_why`` says in a sentence what decided it.
     """
 
     loads: int = 0
@@ -25,6 +27,7 @@ class Stats:
     peak_bytes: int = 0
     memory_budget: int | None = None
     reading_mode: str = "buffered"
+    reading_why: str = ""
 
     def __add__(self, other: Stats) -> Stats:
         budgets = [s.memory_budget for s in (self, other) if s.memory_budget is not None]
@@ -42,4 +45,5 @@ class Stats:
             peak_bytes=self.peak_bytes + other.peak_bytes,
             memory_budget=sum(budgets) if budgets else None,
             reading_mode="+".join(modes),
+            reading_why=" ".join(sorted({self.reading_why, other.reading_why} - {""})),
         )

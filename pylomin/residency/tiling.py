@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, block_bytes
 from pylomin.residency.weight import Layout, Weight
 
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
@@ -17,6 +17,12 @@ def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
         return None
     count, numel = lines_of(weight.layout)
     return lines_per_tile(count, numel * weight.element_bytes, weight.tile_rows, memory_budget)
+
+
+def bytes_per_tile(weight: Weight, memory_budget: int | None) -> int:
+    """What one tile of a tiled weight takes in the ledger."""
+    lines = tile_rows(weight, memory_budget) or 0
+    return block_bytes(lines * lines_of(weight.layout)[1] * weight.element_bytes)
 
 
 def lines_per_tile(count: int, line_bytes: int, wanted: int | None, memory_budget: int | None) -> int | None:

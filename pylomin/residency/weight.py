@@ -126,6 +126,7 @@ class Weight:
         "tensor",
         "tile_rows",
         "tileable",
+        "tiled",
         "transient",
         "twin",
         "writes",
@@ -144,6 +145,7 @@ class Weight:
         self.residency = residency
         self.transient = False  # made by an operation, perhaps anew in each forward: no part of any order
         self.tileable = False  # whoever owns it uses it by rows or by tiles; see `tiling`
+        self.tiled = False  # it is used by tiles now; residency decides
         self.tile_rows: int | None = None  # in memory at one time, as the user wants it; see `chunked_linear`
         self.writes = 0
         self.shared: weakref.ref[torch.UntypedStorage] | None = None  # values given out to be pickled or pointed at
@@ -192,7 +194,7 @@ class Weight:
 
     def replaced_by(self, other: Weight) -> Weight:
         """``other``, used as this one is."""
-        other.tileable, other.tile_rows = self.tileable, self.tile_rows
+        other.tileable, other.tile_rows, other.tiled = self.tileable, self.tile_rows, self.tiled
         return other
 
     def trainable_twin(self) -> ResidentParameter:
