@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.columns import COLUMNS, caption, cells
+from benchmarks.goals import HEADER, goal_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -123,12 +124,21 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+def goals_table(results: Path) -> str:
+    """What was to be shown, and what was measured, over all result files there are."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    rows = goal_rows(found)
+    return markdown_table(HEADER, rows) if rows else '*Not measured yet: `make bench ARGS="--publish"`.*'
+
+
 def fill(text: str, results: Path = RESULTS) -> str:
     """``text`` with every marked table made anew from its result file; without one it says so."""
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         path = results / f"{name}.json"
+        if name == "goals":
+            return f"<!-- table: {name} -->\n{goals_table(results)}\n<!-- end of table -->"
         command = "make demo ARGS=--publish" if name == "demo" else f'make bench ARGS="{name} --publish"'
         content = TABLES[name](json.loads(path.read_text())) if path.exists() else f"*Not measured yet: `{command}`.*"
         return f"<!-- table: {name} -->\n{content}\n<!-- end of table -->"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.columns import COLUMNS, caption
+from benchmarks.goals import GOALS, TILED, goal_rows
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.run import BENCHMARKS
 from benchmarks.tables import PAGES, TABLES, fill, table
@@ -75,7 +76,37 @@ def test_pages_have_a_table_for_every_benchmark_and_none_is_stale() -> None:
         text = page.read_text()
         assert fill(text) == text, "run python -m benchmarks.tables"
         found |= set(re.findall(r"<!-- table: (\w+) -->", text))
-    assert found == set(TABLES) == set(BENCHMARKS) == {"demo", *COLUMNS}
+    assert found - {"goals"} == set(TABLES) == set(BENCHMARKS) == {"demo", *COLUMNS}
+    assert {goal.benchmark for goal in GOALS} < set(TABLES)
+
+
+def test_goals_say_what_was_reached_and_what_failed(tmp_path: Path) -> None:
+    text = "<!-- table: goals -->\n<!-- end of table -->"
+    assert "Not measured yet" in fill(text, tmp_path)
+    (tmp_path / "big_linear.json").write_text(json.dumps(result(rows=[{**ROW, "variant": "pylomin"}])))
+    (tmp_path / "moe.json").write_text(json.dumps(result(rows=[{"variant": "pylomin", "error": "out of memory"}])))
+    lines = fill(text, tmp_path).splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")[2:-1]] == ["failed", "≤ 1.050", "no"]
+    assert [cell.strip() for cell in lines[4].split("|")[2:-1]] == ["2.00", "≤ 1.15", "no"]
+
+
+def test_goals_read_every_kind_of_result() -> None:
+    variants = [{**ROW, "variant": name} for name in ("lazy", TILED, "lazy + chunked + prefetch", "pylomin")]
+    more = {
+        "times_needed": SPREAD,
+        "time_of_predicted": SPREAD,
+        "peak_of_predicted": SPREAD,
+        "added_us_per_call": SPREAD,
+    }
+    variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800 MiB", "pylomin, all resident")]
+    variants = [
+        {**more, "load_s": SPREAD, "tensors": 1, "weight_bytes": 1, "us_per_tensor": 1.0, **row} for row in variants
+    ]
+    ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD}
+    everything = result(rows=variants, times_as_fast_as=ratios, never_falls=True)
+    rows = goal_rows(dict.fromkeys({goal.benchmark for goal in GOALS}, everything))
+    assert len(rows) == len(GOALS)
+    assert not [row for row in rows if row[1] == "failed"]
 
 
 def test_filling_needs_no_more_than_the_result_file(tmp_path: Path) -> None:
