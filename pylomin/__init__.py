@@ -7,6 +7,7 @@ from pylomin.errors import (
     BudgetError,
     OffloadedWriteError,
     PassError,
+    PlanError,
     PylominError,
     ScratchError,
     StoreChangedError,
@@ -15,14 +16,19 @@ from pylomin.errors import (
     WeightMismatchError,
     WeightNotFoundError,
 )
+from pylomin.io.modes import Mode
 from pylomin.lazy import partial as _partial  # noqa: F401  # registers the operators that need only some rows
 from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
 from pylomin.passes.chunked_embedding import chunked_embedding
 from pylomin.passes.chunked_linear import chunked_linear
+from pylomin.passes.fit import fit
 from pylomin.passes.lazy_loading import lazy_loading
+from pylomin.passes.memory_budget import set_memory_budget
+from pylomin.passes.planning import plan_of
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
+from pylomin.residency.plan import Plan
 from pylomin.residency.stats import Stats
 from pylomin.store.open import open_store
 
@@ -30,9 +36,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "Mode",
     "OffloadedWriteError",
     "PassError",
     "PeakMemory",
+    "Plan",
+    "PlanError",
     "PylominError",
     "ScratchError",
     "Stats",
@@ -43,11 +52,14 @@ __all__ = [
     "WeightNotFoundError",
     "chunked_embedding",
     "chunked_linear",
+    "fit",
     "lazy_loading",
     "load",
     "open_store",
     "peak_memory",
+    "plan_of",
     "prefetch",
     "restore",
+    "set_memory_budget",
     "stats",
 ]

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
-from pylomin.lazy.offload import Tie, find_ties, offload, residency_for, slots_of
+from pylomin.io.modes import Mode
+from pylomin.lazy.offload import Tie, check_mode, find_ties, offload, residency_for, slots_of
 from pylomin.lazy.sources import fill_buffers, matched_sources, missing_error
 from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
@@ -29,6 +30,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
+    reading_mode: Mode | None = None,
     strict: bool = True,
 ) -> ModuleT:
     """Build a model whose weights stay where they are stored.
@@ -40,7 +42,7 @@ def load(
         device: where to compute. Default: the CPU.
         dtype: convert floating-point weights, and stored buffers, to this dtype as they are loaded. Default: the
             stored dtypes, which must be the model's.
-        memory_budget: as in :func:`pylomin.lazy_loading`.
+        memory_budget, reading_mode: as in :func:`pylomin.lazy_loading`.
         strict: False to allow names in ``weights`` that the model does not have, and parameters that ``weights``
             does not have: those are initialised by ``model_fn`` (called a second time) and stay in memory.
 
@@ -61,6 +63,7 @@ def load(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if dtype is not None and not dtype.is_floating_point:
         raise PassError(f"dtype is {dtype}; expected a floating-point dtype.")
+    check_mode(reading_mode)
     execution_device = None if device is None else torch.empty(0, device=device).device
     store = open_store(weights)
     model, registered = _build(model_fn)
@@ -83,7 +86,16 @@ def load(
                     tie.parameter.data = tie.parameter.data.to(dtype)
     found = [tie for tie in ties if tie.fqn not in missing]
     residency = residency_for(model)
-    offload(model, found, sources, residency, device=execution_device, dtype=dtype, memory_budget=budget)
+    offload(
+        model,
+        found,
+        sources,
+        residency,
+        device=execution_device,
+        dtype=dtype,
+        memory_budget=budget,
+        reading_mode=reading_mode,
+    )
     if execution_device is not None:
         for module in model.modules():
             for name, buffer in module._buffers.items():

@@ -14,14 +14,12 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten
-from pylomin.lazy.tiles import Product, matrix_of, multiply, transposed
+from pylomin.lazy.tiles import Product, loads_runs, matrix_of, multiply, transposed
 
 
 def is_packed(tensor: object) -> bool:
     """Whether ``tensor`` is offloaded, not in memory now, and can be used one matrix at a time."""
-    if not isinstance(tensor, OffloadedTensor) or tensor.dim() != 3 or not tensor.numel():
-        return False
-    return tensor.weight.tensor is None and tensor.weight.keeps_order
+    return isinstance(tensor, OffloadedTensor) and tensor.dim() == 3 and loads_runs(tensor)
 
 
 def _grouped_mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

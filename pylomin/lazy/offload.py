@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
 
-from pylomin.errors import BudgetError
+from pylomin.errors import BudgetError, PassError
 from pylomin.io.buffers import PAGE_BYTES, SMALL_BYTES, aligned
+from pylomin.io.modes import Mode
 from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.limits import format_bytes
@@ -88,6 +89,7 @@ def offload(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    reading_mode: Mode | None = None,
 ) -> None:
     """Replace the parameters of ``ties`` by offloaded ones, and make the modules that hold their own weights lazy.
 
@@ -98,6 +100,7 @@ def offload(
         device: where to compute; default: where the parameter is (the CPU for one without values).
         dtype: of floating-point weights in compute memory; default: as stored.
         memory_budget: the new budget of ``residency``; default: unchanged.
+        reading_mode: how to read; default: unchanged.
     """
     weights = [
         Weight(tie.fqn, source, residency, _conversions(tie.parameter, source.layout, device, dtype))
@@ -110,6 +113,8 @@ def offload(
     budget = residency.memory_budget if memory_budget is None else memory_budget
     largest_bytes = check_budget(offloaded_footprints(model) + footprints(owned), budget)
     residency.expect(largest_bytes)
+    if reading_mode is not None:
+        residency.set_reading_mode(reading_mode)
     residency.set_budget(budget)
     if model in _wanted_depth:
         residency.set_depth(_wanted_depth.pop(model))
@@ -161,10 +166,10 @@ def residencies_of(model: nn.Module) -> list[Residency]:
     return list({parameter.weight.residency: None for _, parameter in offloaded_slots(model)})
 
 
-_wanted_depth: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_wanted_depth: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
-def want_prefetch(model: nn.Module, depth: int) -> None:
+def want_prefetch(model: nn.Module, depth: int | None) -> None:
     """``prefetch`` was applied to ``model`` before anything of it was offloaded."""
     _wanted_depth[model] = depth
 
@@ -279,12 +284,18 @@ def smallest_budget(group: Sequence[Footprint]) -> int:
     return min(whole_bytes, max(held_bytes + 2 * line_bytes, 2 * held_bytes))
 
 
+def check_mode(reading_mode: object) -> None:
+    """Raises PassError unless it is a reading mode, or None."""
+    if reading_mode is not None and reading_mode not in get_args(Mode):
+        raise PassError(f"reading_mode is {reading_mode!r}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
+
+
 def check_budget(groups: Sequence[Sequence[Footprint]], memory_budget: int | None) -> int:
     """The bytes of the largest use. Raises BudgetError, naming it, if the budget can never hold it."""
     largest = max(groups, key=smallest_budget, default=())
     needed = smallest_budget(largest)
     if memory_budget is not None and needed > memory_budget:
-        name = max(largest, key=lambda weight: weight.stored_bytes).name
+        name = max(largest, key=lambda weight: weight.lines * weight.stored_bytes).name
         raise BudgetError(
             f"weight '{name}' needs {format_bytes(needed)} resident, but memory_budget is {memory_budget} "
             f"({format_bytes(memory_budget)}). Use memory_budget of at least {needed}, or keep its module in memory, "

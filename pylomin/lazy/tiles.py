@@ -1,8 +1,9 @@
 """Matrix products with a large offloaded weight, tile by tile: no more than a tile of it is in memory.
 
-A tile is a run of lines of the weight, as they lie in the store. In ``x @ weight.t()``, what a linear comes to, lines are columns of the result, and each tile is multiplied into its place there. In ``x @ weight`` (the gradient of a
-linear; a layer that keeps its weight as (in, out)) lines are summed over, and each tile adds to the whole result.
-Reading such a weight by columns instead would mean many small reads, each of a whole page.
+A tile is a run of lines of the weight, as they lie in the store. In ``x @ weight.t()``, as in a linear, lines are
+columns of the result, and each tile is multiplied into its place there. In ``x @ weight`` (the gradient of a linear; a
+layer that keeps its weight as (in, out)) lines are summed over, and each tile adds to the whole result. Reading such a
+weight by columns instead would mean many small reads, each of a whole page.
 """
 
 from __future__ import annotations
@@ -70,15 +71,16 @@ class Product:
 
 def line_dim(matrix: torch.Tensor) -> int:
     """The dimension along which the lines of a matrix follow each other in memory."""
-    return 1 if matrix.shape[0] == 1 or matrix.stride(1) > matrix.stride(0) else 0
+    rows, columns = matrix.shape
+    return 1 if rows == 1 or (columns > 1 and matrix.stride(1) > matrix.stride(0)) else 0
 
 
-def matrix_lines(matrix: OffloadedTensor) -> int | None:
-    """Lines of one tile of ``matrix``, a view of a weight; None where it is to be loaded whole."""
+def lines_of_tile(matrix: OffloadedTensor) -> int | None:
+    """Lines of one tile of ``matrix``, a view of a weight; None where it is loaded whole."""
     weight, dim = matrix.weight, line_dim(matrix)
     step = matrix.stride(dim)
-    if weight.tensor is not None or not weight.keeps_order or not matrix.numel() or step < _line_numel(matrix):
-        return None
+    if step < _line_numel(matrix):
+        return None  # lines overlap
     wanted = None
     if weight.tile_rows is not None:
         wanted = max(1, weight.tile_rows * lines_of(weight.layout)[1] // step)
@@ -109,7 +111,7 @@ def _tiles(matrix: OffloadedTensor) -> Iterator[tuple[int, int, tuple[int, int]]
     """First line, last (exclusive), and the run of elements of the weight that they lie in."""
     dim = line_dim(matrix)
     count, step = matrix.shape[dim], matrix.stride(dim)
-    lines = matrix_lines(matrix) or count
+    lines = lines_of_tile(matrix) or count
     start, extent = int(matrix.storage_offset()), _line_numel(matrix)
     for first in range(0, count, lines):
         last = min(first + lines, count)
@@ -171,17 +173,24 @@ def _untouched(tensor: torch.Tensor) -> torch.Tensor:
 
 def _matrices_to_tile(operand: OffloadedTensor) -> list[OffloadedTensor] | None:
     """The matrices of one operand, one for each member of the batch or one for all; None if it loads whole."""
+    if not loads_runs(operand):
+        return None
     if operand.dim() == 3 and (operand.stride(0) == 0 or len(operand) == 1):
         operand = matrix_of(operand, 0)
     if operand.dim() == 2:
-        return None if matrix_lines(operand) is None else [operand]
-    weight = operand.weight
-    if operand.dim() != 3 or weight.tensor is not None or not weight.keeps_order or not operand.numel():
+        return None if lines_of_tile(operand) is None else [operand]
+    if operand.dim() != 3:
         return None
+    weight = operand.weight
     matrix_bytes = operand.numel() // len(operand) * weight.element_bytes
     if lines_per_tile(len(operand), matrix_bytes, None, weight.residency.memory_budget) is None:
         return None
     return [matrix_of(operand, index) for index in range(len(operand))]
+
+
+def loads_runs(tensor: OffloadedTensor) -> bool:
+    """Whether parts of ``tensor`` can be read on their own, and are not in memory already."""
+    return tensor.weight.tensor is None and tensor.weight.keeps_order and tensor.numel() > 0
 
 
 TILED = (aten.mm, aten.mv, aten.addmm, aten.addmv, aten.baddbmm)  # and bmm, in `partial`

@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _FIELDS = {
     "window_bytes",
     "peak_bytes",
     "elapsed_s",
+    "choices",
     "weights",
     "groups",
     "order",
@@ -78,6 +79,7 @@ class Plan:
         window_bytes: the part of it that streamed groups pass through.
         peak_bytes: the most that is predicted to be in memory, if it was predicted.
         elapsed_s: predicted time of one cycle, if it was predicted.
+        choices: what else was chosen, and why, in words.
 
     Raises:
         PlanError: the parts contradict each other.
@@ -90,6 +92,7 @@ class Plan:
     window_bytes: int
     peak_bytes: int | None = None
     elapsed_s: float | None = None
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for group in self.groups:
@@ -166,6 +169,7 @@ class Plan:
             "window_bytes": self.window_bytes,
             "peak_bytes": self.peak_bytes,
             "elapsed_s": self.elapsed_s,
+            "choices": dict(self.choices),
             "weights": dict(self.weights),
             "groups": groups,
             "order": self.order,
@@ -211,7 +215,8 @@ class Plan:
             rows.append(("peak", format_bytes(self.peak_bytes), "predicted"))
         if self.elapsed_s is not None:
             rows.append(("time", f"{self.elapsed_s:.3g} s", "each cycle, predicted"))
-        return "\n".join(f"{name:<9}{amount:>11}  {what}" for name, amount, what in rows)
+        lines = [f"{name:<12}{amount:>11}  {what}" for name, amount, what in rows]
+        return "\n".join([*lines, *(f"{name:<12}{choice}" for name, choice in self.choices.items())])
 
 
 def _parse(document: dict[str, Any]) -> Plan:
@@ -225,6 +230,9 @@ def _parse(document: dict[str, Any]) -> Plan:
     if not isinstance(weights, dict) or not all(isinstance(identity, str) for identity in weights.values()):
         raise PlanError(f"'weights' is {shorten(weights)}, expected an object from names to dtype and shape.")
     names = list(weights)
+    choices = document["choices"]
+    if not isinstance(choices, dict) or not all(isinstance(choice, str) for choice in choices.values()):
+        raise PlanError(f"'choices' is {shorten(choices)}, expected an object of strings.")
     elapsed_s = document["elapsed_s"]
     if elapsed_s is not None and not (
         isinstance(elapsed_s, (int, float))
@@ -241,6 +249,7 @@ def _parse(document: dict[str, Any]) -> Plan:
         window_bytes=_count(document["window_bytes"], "window_bytes"),
         peak_bytes=None if document["peak_bytes"] is None else _count(document["peak_bytes"], "peak_bytes"),
         elapsed_s=elapsed_s,
+        choices=choices,
     )
 
 

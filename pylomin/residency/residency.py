@@ -24,6 +24,7 @@ from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
 from pylomin.residency.reading import Reading, choose_reading
+from pylomin.residency.recording import Measured, Recording
 from pylomin.residency.retention import Retention
 from pylomin.residency.simulation import Group
 from pylomin.residency.stats import Stats
@@ -87,6 +88,7 @@ class Residency:
         self.reading = Reading()
         self._requested_mode: Mode | None = None
         self.scratch: ScratchDirectory | None = None
+        self.choices: dict[str, str] = {}  # what `fit` chose, and why
         self._stats = Stats()
         self._overlay = Overlay()
         self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
@@ -104,7 +106,7 @@ class Residency:
             int, Callable[[], bool]
         ] = {}  # threads that wait for memory, and whether they still need to
         self._waiters: list[_Waiter] = []
-        self._recording: list[tuple[Key, float, float]] | None = None  # group, time, stall so far
+        self._recording: Recording | None = None
         self._review_at = REVIEW_USES  # number of the use at which the reading mode is chosen anew
         self._reviewed_s = 0.0
         self.lock = threading.RLock()
@@ -160,6 +162,28 @@ class Residency:
                 resident_bytes=self.pool.in_use_bytes(),
                 peak_bytes=self.pool.peak_bytes,
             )
+
+    def start_recording(self) -> None:
+        """Record uses, of all threads, until :meth:`stop_recording`."""
+        with self.lock:
+            self._recording = Recording(self.stats())
+
+    def stop_recording(self) -> Measured | None:
+        """What was recorded; None if nothing was used."""
+        with self.lock:
+            recording, self._recording = self._recording, None
+            return recording.measured(self._stats) if recording is not None and recording.uses else None
+
+    def adopt(self, order: Sequence[Key], measured: Measured | None = None) -> None:
+        """Plan for uses in this order, before they are seen."""
+        with self.lock:
+            self.retention.learn(order, measured)
+            self._plan(order)
+
+    def footprints(self, order: Iterable[Key]) -> dict[Key, Group]:
+        """The memory that each group of an order takes."""
+        with self.lock:
+            return {key: self._footprint(key) for key in dict.fromkeys(order)}
 
     def copy(self) -> Residency:
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
@@ -313,11 +337,6 @@ class Residency:
         with self.lock:
             self._stats.stall_s += seconds
 
-    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; valid until the next is asked for."""
-        for run in runs:
-            yield self.load_runs(weight, [run])
-
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""
         waiter = _Waiter()
@@ -375,7 +394,7 @@ class Residency:
                 return
         key = tuple([weight.index for weight in group])
         if self._recording is not None:
-            self._recording.append((key, time.perf_counter(), self._stats.stall_s))
+            self._recording.use(key, self._stats.stall_s)
         order = self.retention.used(key)
         if order is not None:
             self._plan(order)
@@ -389,8 +408,8 @@ class Residency:
         """Uses repeat in this order: decide what stays. What no longer does leaves now, or when it is released."""
         for weight in list(self._weights.values()):
             weight.tiled = tile_rows(weight, self.memory_budget) is not None
-        groups = {key: self._footprint(key) for key in dict.fromkeys(order)} if self.memory_budget is not None else {}
-        self.retention.plan(order, groups, self.memory_budget, reads_ahead=self._prefetcher is not None)
+        groups = self.footprints(order) if self.memory_budget is not None else {}
+        self.retention.plan(order, groups, self.memory_budget, reads_ahead=self.reads_ahead)
         if self.retention.schedule is None:
             return
         for weight in list(self._weights.values()):
@@ -419,7 +438,8 @@ class Residency:
     def _footprint(self, key: Key) -> Group:
         weights = self.weights_of(key)
         whole_bytes = self._room_for(weights).resident_bytes
-        tiles_bytes = [2 * bytes_per_tile(weight, self.memory_budget) for weight in weights if weight.tiled]
+        at_one_time = 2 if self.reads_ahead else 1
+        tiles_bytes = [at_one_time * bytes_per_tile(w, self.memory_budget) for w in weights if w.tiled]
         if not tiles_bytes:
             return Group(whole_bytes)
         held = [weight for weight in weights if not weight.tiled]
@@ -603,6 +623,10 @@ class Residency:
         members = {index for key in wanted for index in key}
         for loaded in [loaded for loaded in self._ahead if members.isdisjoint(loaded.members)]:
             self._drop(loaded)
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self._prefetcher is not None and not self.reads_inline
 
     @property
     def reads_inline(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from pylomin.residency.cycle import Cycle
+from pylomin.residency.eviction import evict
+from pylomin.residency.recording import Measured
 from pylomin.residency.replay import Replay
 from pylomin.residency.schedule import Schedule, choose_residents
 from pylomin.residency.simulation import Group
@@ -20,7 +22,6 @@ class InMemory(Protocol):
     """What was loaded together."""
 
     members: Key
-    kept: bool
     last_use: int
     nbytes: int
 
@@ -42,6 +43,7 @@ class Retention:
         self.schedule: Schedule | None = None
         self._residents: frozenset[int] = frozenset()  # indices of weights
         self._replay: Replay | None = None
+        self._measured: Measured | None = None
         self._has_budget = False
         self._cycles = threading.local()
 
@@ -74,16 +76,36 @@ class Retention:
         """Decide what stays, for uses that repeat in this order; the first after that is expected next."""
         self.order, self._has_budget = tuple(order), budget_bytes is not None
         self.schedule, self._replay, self._residents = None, None, frozenset()
+        self._cycles = threading.local()  # what was observed of another order no longer counts
         if not order or budget_bytes is None:
             return
         numbers = {key: number for number, key in enumerate(groups)}
-        schedule = choose_residents([numbers[key] for key in order], list(groups.values()), budget_bytes)
+        measured = self.measured
+        compute_s = measured.compute_s if measured is not None else None
+        if not reads_ahead:  # computing hides no reading: the least reading is best, whatever the window
+            compute_s = [0.0] * len(order)
+        costs = measured.costs if measured is not None else None
+        schedule = choose_residents(
+            [numbers[key] for key in order], list(groups.values()), budget_bytes, compute_s=compute_s, costs=costs
+        )
         if schedule is None:
             return
         resident = {key for key, number in numbers.items() if number in schedule.residents}
         self.schedule = schedule
         self._residents = frozenset(index for key in resident for index in key)
         self._replay = Replay(self.order, resident)
+
+    @property
+    def measured(self) -> Measured | None:
+        """What one cycle of the planned order takes, if that was measured."""
+        measured = self._measured
+        return measured if measured is not None and measured.order == self.order else None
+
+    def learn(self, order: Sequence[Key], measured: Measured | None) -> None:
+        """Uses will come in this order, and take what was measured."""
+        self._measured = measured
+        for key in (*order, *order[:2]):
+            self.trace.record(key)
 
     def resume(self, key: Key) -> None:
         """This thread uses ``key`` now, in a plan that has just been made."""
@@ -106,39 +128,33 @@ class Retention:
         return self.trace.upcoming(LOOKAHEAD) if self._replay is None else self._replay.streamed_ahead()
 
     def victim(self, idle: Sequence[InMemoryT]) -> InMemoryT:
-        """What to give up first for something that is needed now (Belady 1966, with predicted uses).
+        """What to give up first for something that is needed now.
 
-        By a plan that is what streams. Of what is not predicted to be used, the last used: where uses repeat in some
-        order, that comes last again.
+        By a plan that is what streams, the last that was read first; where there is none, what is predicted to be used
+        last.
         """
         if self.schedule is not None:
             return max(reversed(idle), key=lambda loaded: (not self.stays(loaded.members), loaded.last_use))
-        next_use = self._next_uses()
-        return max(reversed(idle), key=lambda loaded: (_next_use(loaded, next_use), loaded.last_use))
+        chosen = evict(*self._predicted(idle), needed_bytes=1)
+        return idle[-1] if chosen is None else chosen[0]
 
-    def later(self, loaded: InMemoryT, others: Iterable[InMemoryT], needed_bytes: int) -> list[InMemoryT]:
-        """Those of ``others`` to give up so that ``loaded`` may stay: all used later than it is; none if too few.
+    def later(self, loaded: InMemoryT, others: Sequence[InMemoryT], needed_bytes: int) -> list[InMemoryT]:
+        """Those of ``others`` to give up so that ``loaded`` may stay: all used later than it is; none if too few."""
+        sizes, next_use = self._predicted([loaded, *others])
+        if loaded not in next_use:
+            return []
+        del sizes[loaded]
+        return evict(sizes, next_use, needed_bytes, used_at=next_use[loaded]) or []
 
-        The rule of Cao, Felten, Karlin and Li (1995): never evict what is needed sooner than what is loaded.
-        """
-        next_use = self._next_uses()
-        own = _next_use(loaded, next_use)
-        chosen: list[InMemoryT] = []
-        for other in sorted(others, key=lambda other: _next_use(other, next_use), reverse=True):
-            if needed_bytes <= 0 or _next_use(other, next_use) <= own:
-                break
-            chosen.append(other)
-            needed_bytes -= other.nbytes
-        return chosen if needed_bytes <= 0 else []
-
-    def _next_uses(self) -> dict[int, int]:
-        """How many uses away the next one of each weight is, as far as that is predicted."""
-        next_use: dict[int, int] = {}
+    def _predicted(self, idle: Sequence[InMemoryT]) -> tuple[dict[InMemoryT, int], dict[InMemoryT, int]]:
+        """Sizes, in order of last use, and how many uses away the next one of each is, as far as that is predicted."""
+        by_weight: dict[int, int] = {}
         for distance, key in enumerate(self.trace.upcoming(HORIZON)):
             for index in key:
-                next_use.setdefault(index, distance)
-        return next_use
-
-
-def _next_use(loaded: InMemory, next_use: Mapping[int, int]) -> int:
-    return min([next_use.get(index, HORIZON) for index in loaded.members], default=HORIZON)
+                by_weight.setdefault(index, distance)
+        next_use = {
+            loaded: min(distances)
+            for loaded in idle
+            if (distances := [by_weight[index] for index in loaded.members if index in by_weight])
+        }
+        return {loaded: loaded.nbytes for loaded in sorted(idle, key=lambda loaded: loaded.last_use)}, next_use

@@ -13,7 +13,11 @@ def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
 
     A row's bytes in memory, with its conversions, are ``weight.element_bytes`` times the numel of ``lines_of``.
     """
-    if not weight.tileable or not weight.keeps_order or not weight.nbytes:
+    if not weight.tileable:
+        return None
+    if weight.tile_rows is None and fits_twice(weight.layout.numel * weight.element_bytes, memory_budget):
+        return None  # most weights in most forwards
+    if not weight.keeps_order or not weight.nbytes:
         return None
     count, numel = lines_of(weight.layout)
     return lines_per_tile(count, numel * weight.element_bytes, weight.tile_rows, memory_budget)
@@ -34,7 +38,7 @@ def lines_per_tile(count: int, line_bytes: int, wanted: int | None, memory_budge
             takes at most a quarter: there are two, one in use and one on its way, beside what is held.
     """
     if wanted is None or wanted >= count:
-        if memory_budget is None or count * line_bytes <= memory_budget // 2:
+        if fits_twice(count * line_bytes, memory_budget):
             return None
         wanted = TILE_BYTES // max(1, line_bytes)
     if memory_budget is not None:
@@ -43,6 +47,10 @@ def lines_per_tile(count: int, line_bytes: int, wanted: int | None, memory_budge
         wanted = min(wanted, quarter // max(1, line_bytes))
     lines = max(1, wanted)
     return lines if lines < count else None
+
+
+def fits_twice(nbytes: int, memory_budget: int | None) -> bool:
+    return memory_budget is None or 2 * nbytes <= memory_budget
 
 
 def lines_of(layout: Layout) -> tuple[int, int]:

@@ -175,7 +175,10 @@ class Weight:
     @property
     def element_bytes(self) -> int:
         """What one element takes while a run of elements is loaded, conversions included."""
-        return self.source.layout.dtype.itemsize + sum(step.dtype.itemsize for step in self.conversions)
+        nbytes = self.source.layout.dtype.itemsize
+        for step in self.conversions:
+            nbytes += step.dtype.itemsize
+        return nbytes
 
     @property
     def peak_load_bytes(self) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -105,7 +107,7 @@ def test_refused_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_model_without_linears() -> None:
     with pytest.raises(pylomin.PassError, match="Conv2d has no linears"):
         pylomin.chunked_linear(nn.Conv2d(1, 1, 1))
-    with pytest.raises(TypeError, match="expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         pylomin.chunked_linear("model")  # type: ignore[type-var]
 
 
@@ -384,6 +386,14 @@ def test_linear_larger_than_the_budget() -> None:
     assert bytes_read(lazy, lambda: run(lazy, x)) <= 4096 * 257 * 4
 
 
+def test_peak_memory_counts_a_tile() -> None:
+    lazy = pylomin.chunked_linear(nn.Linear(256, 4096), chunk_size="64KiB")
+    run(lazy, torch.ones(256))
+    with pylomin.peak_memory(lazy) as peak:
+        run(lazy, torch.ones(256))
+    assert peak.weight_bytes == (64 << 10) + 4096 * 4
+
+
 def test_bias_larger_than_tiles() -> None:
     model = nn.Linear(2, 4096)
     plain = copy.deepcopy(model)
@@ -415,3 +425,16 @@ def test_smaller_budget_later() -> None:
     pylomin.prefetch(lazy, memory_budget="16KiB")
     for _ in range(3):
         near(run(plain, x), run(lazy, x))
+
+
+@settings(max_examples=25, deadline=None)
+@given(out=st.integers(1, 300), size=st.integers(1, 300), bias=st.booleans(), beyond=st.integers(0, 100_000))
+def test_any_linear_keeps_any_budget_that_is_accepted(out: int, size: int, bias: bool, beyond: int) -> None:
+    plain, x = nn.Linear(size, out, bias=bias), torch.ones(2, size)
+    with pytest.raises(pylomin.BudgetError) as raised:
+        pylomin.lazy_loading(copy.deepcopy(plain), memory_budget=1)
+    needed = int(str(raised.value).partition("Use memory_budget of at least ")[2].split(",")[0])
+    for budget in (needed, needed + beyond):
+        lazy = pylomin.lazy_loading(copy.deepcopy(plain), memory_budget=budget)
+        near(run(plain, x), run(lazy, x))
+        assert pylomin.stats(lazy).peak_bytes <= budget
