@@ -24,7 +24,7 @@ from benchmarks.common import Spread, WorkerRun, paired_ratios, read_rate
 from benchmarks.passes import Report
 from benchmarks.plots import plot_memory_over_time
 from benchmarks.rows import memory_line, summarise
-from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, parse, run_variants, save
 from examples.bert import SIZES, accelerate, checkpoint, chunked_embedding, lazy, resident
 
 PASSES = {"together": 6, "alone": 2}
@@ -115,7 +115,7 @@ def main() -> None:
 
 def measure(options: Options, config: BertConfig, directory: Path) -> None:
     """Run all variants."""
-    make_room(directory, NEEDED_BYTES)
+    options.make_room("bert", NEEDED_BYTES)
     weights = random_checkpoint(
         lambda: BertModel(config), f"BertModel {config.to_json_string(use_diff=True)}", checkpoint(directory)
     )

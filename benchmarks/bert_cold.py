@@ -24,7 +24,6 @@ from benchmarks.suite import (
     Variant,
     finish,
     interpreter_bytes,
-    make_room,
     parse,
     rows_of,
     run_variants,
@@ -69,7 +68,7 @@ def main() -> None:
 
 def measure(options: Options, config: BertConfig, directory: Path) -> None:
     """Run all variants."""
-    make_room(directory, NEEDED_BYTES)
+    options.make_room("bert", NEEDED_BYTES)
     weights = random_checkpoint(
         lambda: BertModel(config), f"BertModel {config.to_json_string(use_diff=True)}", checkpoint(directory)
     )

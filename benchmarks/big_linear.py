@@ -17,7 +17,7 @@ import pylomin
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import WorkerRun
 from benchmarks.passes import Report
-from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
 
 WIDTHS = {"full": 16_384, "tiny": 512}
 BUDGETS = {"full": 64 << 20, "tiny": 256 << 10}  # 64 MiB of 1 GiB, 256 KiB of 1 MiB
@@ -57,7 +57,7 @@ def main() -> None:
 
 def measure(options: Options, width: int, budget: int, weights: Path) -> None:
     """Run both variants."""
-    make_room(weights.parent, 4 * width * width)
+    options.make_room("big_linear", 4 * width * width)
     random_checkpoint(lambda: nn.Sequential(nn.Linear(width, width, bias=False)), f"linear {width}", weights)
     conditions = Conditions(cold=[weights])
     limit_bytes = budget + ABOVE_BUDGET_BYTES

@@ -23,7 +23,8 @@ from benchmarks.llama import NEEDED_BYTES, PEERS, SIZES, Decoder, checkpoint, of
 from benchmarks.passes import Report
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.rows import pass_s
-from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
+from pylomin.residency.limits import format_bytes
 
 PROMPT_TOKENS = 8
 WARM_UP_TOKENS = 2  # the order of the weights is known, and what stays has been loaded
@@ -100,7 +101,7 @@ def variants(of_budgets: list[int]) -> list[Variant]:
 
 def variant_name(budget: int) -> str:
     """What the row of a budget is called."""
-    return f"pylomin, {budget / (1 << 20):,.0f} MiB"
+    return f"pylomin, {format_bytes(budget)}"
 
 
 def worker(name: str, budget: int | None) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def main() -> None:
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
     """Run all variants."""
-    make_room(directory, NEEDED_BYTES)
+    options.make_room("llama", NEEDED_BYTES)
     weights = prepare(config, directory)
     conditions = Conditions(cold=[weights, directory / "model.gguf"])
     of_budgets = budgets(config, directory)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,22 +20,26 @@ from benchmarks.common import WorkerRun
 from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES, PROMPT_TOKENS, TOKENS, WARM_UP_TOKENS, decode
 from benchmarks.llama import NEEDED_BYTES, SIZES, TorchDecoder, checkpoint, prepare, resident
 from benchmarks.passes import Report
-from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
+from pylomin.residency.limits import format_bytes
 
 SHARES = (0.1, 0.35, 0.75, 1.02)  # of all weights
 
 
 def fitted(config: LlamaConfig, weights: Path, memory_budget: int) -> nn.Module:
-    """The model as ``fit`` makes it."""
+    """The model as ``fit`` makes it, with a token as example of what it will be given."""
     model = pylomin.load(lambda: LlamaForCausalLM(config), weights, memory_budget=memory_budget)
-    result: nn.Module = pylomin.fit(model, memory_budget=memory_budget)
+    with torch.inference_mode():
+        result: nn.Module = pylomin.fit(
+            model.eval(), memory_budget, args=[torch.tensor([[3]])], kwargs={"use_cache": False}
+        )
     return result
 
 
-def predicted(model: nn.Module) -> dict[str, float]:
+def predicted(model: nn.Module) -> dict[str, float | None]:
     """What ``fit`` expects of a pass."""
     plan = pylomin.plan_of(model)
-    return {"peak_bytes": plan.predicted_peak_bytes, "time_s": plan.predicted_time_s}
+    return {"peak_bytes": plan.peak_bytes, "time_s": plan.elapsed_s}
 
 
 def work(variant: str, memory_budget: int, config: LlamaConfig, directory: Path) -> dict[str, Any]:
@@ -45,8 +50,8 @@ def work(variant: str, memory_budget: int, config: LlamaConfig, directory: Path)
     else:
         report = Report(checkpoint(directory), piece_bytes=PIECE_BYTES)
         model = fitted(config, checkpoint(directory), memory_budget)
+        report.fields["predicted"] = predicted(model)  # before the passes, from which it would learn
         decode(TorchDecoder(model), report, config, directory)
-        report.fields["predicted"] = predicted(model)
     return report.fields
 
 
@@ -62,13 +67,13 @@ def main() -> None:
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
     """Run all budgets."""
-    make_room(directory, NEEDED_BYTES)
+    options.make_room("llama", NEEDED_BYTES)
     weights = prepare(config, directory)
     conditions = Conditions(cold=[weights])
     variants = [Variant("resident", {"variant": "resident", "memory_budget": 0})]
     for share in SHARES:
         budget = int(share * weights.stat().st_size)
-        name, limit_bytes = f"fit, {budget / (1 << 20):,.0f} MiB", budget + ABOVE_BUDGET_BYTES
+        name, limit_bytes = f"fit, {format_bytes(budget)}", budget + ABOVE_BUDGET_BYTES
         settings = {"budget_bytes": budget, "limit_bytes": limit_bytes}
         variants.append(Variant(name, {"variant": name, "memory_budget": budget}, limit_bytes, settings))
 

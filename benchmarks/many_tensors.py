@@ -20,7 +20,7 @@ from torch import nn
 
 import pylomin
 from benchmarks.common import Spread
-from benchmarks.suite import finish, make_room, parse, save
+from benchmarks.suite import finish, parse, save
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
 COUNTS = {"full": (1_000, 3_000, 10_000), "tiny": (50, 150)}
@@ -84,7 +84,8 @@ def seconds(function: Callable[[], nn.Module]) -> float:
 def main() -> None:
     """Measure and write the result."""
     options = parse("many_tensors", __doc__, rounds=5, limit_s=120)
-    root = make_room(options.directory("many_tensors"), 2 << 30)
+    options.make_room("many_tensors", 2 << 30)
+    root = options.directory("many_tensors")
     cases = [(tensors, width) for width in WIDTHS[options.size] for tensors in COUNTS[options.size]]
     directories = {case: sharded_checkpoint(*case, root / f"{case[0]}-{case[1]}").parent for case in cases}
     load_s: dict[tuple[int, int], list[float]] = {case: [] for case in cases}

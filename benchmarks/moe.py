@@ -22,7 +22,7 @@ from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import WorkerRun
 from benchmarks.llama import TorchDecoder
 from benchmarks.passes import Report
-from benchmarks.suite import Conditions, Options, Variant, finish, make_room, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
 
 PROMPT_TOKENS = 4
 TOKENS = 12
@@ -120,7 +120,7 @@ def main() -> None:
 
 def measure(options: Options, config: Qwen2MoeConfig, weights: Path) -> None:
     """Run both variants."""
-    make_room(weights.parent, 2 << 30)
+    options.make_room("moe", 2 << 30)
     recipe = f"Qwen2MoeForCausalLM {config.to_json_string(use_diff=True)}"
     random_checkpoint(lambda: Qwen2MoeForCausalLM(config), recipe, weights)
     conditions = Conditions(cold=[weights])

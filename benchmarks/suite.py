@@ -40,6 +40,10 @@ class Options:
     def result(self) -> Path:
         return self.output / f"{self.name}.json"
 
+    def make_room(self, checkpoint: str, needed_bytes: int) -> None:
+        """Make :meth:`directory`; ``needed_bytes`` are those of the full size."""
+        make_room(self.directory(checkpoint), needed_bytes if self.size == "full" else 0)
+
     def directory(self, checkpoint: str) -> Path:
         """Where a checkpoint and what is made of it are kept."""
         return DIRECTORY / self.size / checkpoint

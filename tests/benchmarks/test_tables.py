@@ -98,7 +98,7 @@ def test_goals_read_every_kind_of_result() -> None:
         "peak_of_predicted": SPREAD,
         "added_us_per_call": SPREAD,
     }
-    variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800 MiB", "pylomin, all resident")]
+    variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800.0 MiB", "pylomin, all resident")]
     variants = [
         {**more, "load_s": SPREAD, "tensors": 1, "weight_bytes": 1, "us_per_tensor": 1.0, **row} for row in variants
     ]
