@@ -28,11 +28,11 @@ format: $(ready) ## Rewrite the code in the project's style
 	$(python) -m ruff check --fix-only .
 	$(python) -m ruff format .
 
-bench: $(ready) ## Run the benchmarks, results in benchmarks/results/ (ARGS="name ..." to choose)
+bench: $(ready) ## Run the benchmarks (30 minutes, 8 GiB of disk; ARGS="name ..." to choose, "--publish" for the docs)
 	$(python) -m benchmarks.run $(ARGS)
 
-clean: ## Remove the virtual environment, the demo's checkpoint and all caches
-	rm -rf $(VENV) .demo benchmarks/results build dist *.egg-info
+clean: ## Remove the virtual environment, the checkpoints of demo and benchmarks, and all caches
+	rm -rf $(VENV) .demo .bench benchmarks/results build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -8,16 +8,15 @@ simulated are planned by what is read alone.
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, combinations
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, Spread, write_result
+from benchmarks.common import Spread
+from benchmarks.suite import finish, parse, save
 from pylomin.residency.schedule import TYPICAL_COSTS, choose_residents, smallest_budget
 from pylomin.residency.simulation import Costs, Group, StreamedCycle, lower_bound, simulate
 
@@ -25,6 +24,8 @@ MIB = 1 << 20
 COUNTS = (100, 300, 1_000, 3_000, 10_000)
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of all bytes, as budget
 REPEATS = 5
+INSTANCES = {"full": 300, "tiny": 5}  # random small ones; of larger ones a fifth
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,11 @@ def _quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"mean": round(sum(values) / len(values), 4), **found, "largest": round(values[-1], 4)}
 
 
-def planning_times() -> list[dict[str, Any]]:
+def planning_times(counts: Sequence[int]) -> list[dict[str, Any]]:
     """For each number of groups, milliseconds of the processor, over budgets; the quickest of some repeats of each."""
     rows = []
     layer_mib = (16, 4, 4, 16, 43, 43, 43)  # of a decoder, and two norms
-    for count in COUNTS:
+    for count in counts:
         layer = [*(size * MIB for size in layer_mib), 8192, 8192]
         groups = [Group(layer[index % len(layer)]) for index in range(count)]
         total_bytes = sum(group.size_bytes for group in groups)
@@ -145,34 +146,32 @@ def planning_times() -> list[dict[str, Any]]:
                 )
                 repeats.append((time.process_time() - start) * 1e3)
             times_ms.append(min(repeats))  # interruptions only ever add time
-        rows.append({"groups": count, "planning_ms": asdict(Spread.of(times_ms))})
+        rows.append({"variant": f"{count:,} groups", "planning_ms": asdict(Spread.of(times_ms))})
     return rows
 
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--instances", type=int, default=300, help="random small ones; of larger ones a fifth")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    times = planning_times()
-    over_best = {
-        "1 to 8 groups": distances(rng, arguments.instances, 1, 8, best_s),
-        "11 to 13 groups": distances(rng, arguments.instances // 5, 11, 13, best_s),
+    options = parse("schedule", __doc__, rounds=1, limit_s=120)
+    instances = INSTANCES[options.size]
+    rng = random.Random(SEED)
+    rows = planning_times(COUNTS if options.size == "full" else COUNTS[:2])
+    for kind, count, fewest, most, reference in (
+        ("the best of all choices", instances, 1, 8, best_s),
+        ("the best of all choices", instances // 5, 11, 13, best_s),
+        ("the bound", instances // 5, 30, 60, bound_s),
+    ):
+        for costs, quantiles in distances(rng, count, fewest, most, reference).items():
+            name = f"plans for {fewest} to {most} groups, {costs.replace('_', ' ')}, over {kind}"
+            rows.append({"variant": name, "instances": count, "over": quantiles})
+    settings = {
+        "model": "groups of weights in simulation",
+        "input": f"random instances, seed {SEED}; budgets of {', '.join(f'{share:.0%}' for share in SHARES)} for times",
+        "file_state": "not read",
+        "rounds": REPEATS,
     }
-    over_bound = {"30 to 60 groups": distances(rng, arguments.instances // 5, 30, 60, bound_s)}
-    settings = {"instances": arguments.instances, "seed": arguments.seed, "repeats": REPEATS, "shares": SHARES}
-    path = arguments.output / "schedule.json"
-    write_result(path, settings, {"times": times, "over_best_of_all_choices": over_best, "over_bound": over_bound})
-    for row in times:
-        print(f"{row['groups']:>6} groups: {row['planning_ms']['median']:.1f} ms")
-    for reference, found in (("best", over_best), ("bound", over_bound)):
-        for kind, ratios in found.items():
-            for costs, spread in ratios.items():
-                print(f"{kind}, {costs.replace('_', ' ')}, over the {reference}: {spread}")
-    print(f"Written: {path}")
+    save(options, settings, {"rows": rows})
+    finish(options, {})
 
 
 if __name__ == "__main__":
