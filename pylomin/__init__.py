@@ -24,6 +24,7 @@ from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
 from pylomin.residency.stats import Stats
 from pylomin.store.open import open_store
+from pylomin.store.sharded_loader import ShardedWeightsLoader
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "PeakMemory",
     "PylominError",
     "ScratchError",
+    "ShardedWeightsLoader",
     "Stats",
     "StoreChangedError",
     "StoreFormatError",

@@ -15,7 +15,7 @@ _MAX_SPAN_BYTES = 1 << 24  # 16 MiB: what one read may bring
 _MIN_SPAN_BYTES = 1 << 16  # 64 KiB: below, reading what nobody needs is cheaper than another call
 _MAX_WASTE = 8  # elements read for one that is needed, in longer reads
 # Elements are only moved, so that any dtype of the same size does.
-_MOVED_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+MOVED_AS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class StridedWeight:
     def read_into(self, offset_bytes: int, destination: memoryview) -> None:
         """Fill ``destination`` with row-major bytes; about twice its size, but at most 16 MiB more, is in memory."""
         itemsize, shape = self.info.dtype.itemsize, self.info.shape
-        moved_as = _MOVED_AS[itemsize]
+        moved_as = MOVED_AS[itemsize]
         if len(destination) == self.info.nbytes:
             self._fill(torch.frombuffer(destination, dtype=moved_as).view(shape), self.start)
             return
@@ -56,7 +56,9 @@ class StridedWeight:
         if fits or target.numel() == 1:
             raw = torch.empty(span, dtype=target.dtype, device="cpu")
             self.file.read(start, [byte_view(raw)])
-            target.copy_(self._in_native_order(raw).as_strided(sizes, self.stride))
+            if self.swapped:
+                raw = in_native_order(raw, self.info.dtype)
+            target.copy_(raw.as_strided(sizes, self.stride))
             return
         # Halves along the largest stride overlap the least.
         dim = max((dim for dim, size in enumerate(sizes) if size > 1), key=lambda dim: self.stride[dim])
@@ -64,11 +66,11 @@ class StridedWeight:
         self._fill(target.narrow(dim, 0, half), start)
         self._fill(target.narrow(dim, half, sizes[dim] - half), start + half * self.stride[dim] * itemsize)
 
-    def _in_native_order(self, raw: torch.Tensor) -> torch.Tensor:
-        if not self.swapped:
-            return raw
-        number_bytes = self.info.dtype.itemsize // (2 if self.info.dtype.is_complex else 1)
-        return raw.view(torch.uint8).view(-1, number_bytes).flip(1).reshape(-1).view(raw.dtype)
+
+def in_native_order(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor of elements of ``dtype``, moved as others, with the bytes of each number reversed."""
+    number_bytes = dtype.itemsize // (2 if dtype.is_complex else 1)
+    return raw.view(torch.uint8).view(-1, number_bytes).flip(1).reshape(-1).view(raw.dtype)
 
 
 def placed_weight(
@@ -76,7 +78,7 @@ def placed_weight(
 ) -> StoredWeight | EncodedWeight:
     """The weight whose first element is at ``start``: an extent wherever its elements are one."""
     swapped = swapped and info.dtype.itemsize > 1
-    if not swapped and (info.nbytes == 0 or _is_row_major(info.shape, stride)):
+    if not swapped and (info.nbytes == 0 or is_row_major(info.shape, stride)):
         return StoredWeight(info, file, Extent(start, start + info.nbytes))
     return StridedWeight(info, file, start, stride, swapped)
 
@@ -88,7 +90,8 @@ def span_of(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+def is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Do the elements follow each other as torch's contiguous tensors have them?"""
     step = 1
     for size, found in zip(reversed(shape), reversed(stride), strict=True):
         if size != 1 and found != step:

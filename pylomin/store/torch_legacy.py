@@ -72,7 +72,11 @@ class TorchLegacyStore(ExtentStore):
 
 def _locate(keys: object, objects: TorchObjects, position: int, file: WeightFile) -> dict[str, Extent]:
     """The extent of every storage; ``keys`` says in which order they follow each other from ``position`` on."""
-    if not isinstance(keys, list) or set(map(_text, keys)) != set(objects.storages) or len(keys) != len(objects.storages):
+    if (
+        not isinstance(keys, list)
+        or set(map(_text, keys)) != set(objects.storages)
+        or len(keys) != len(objects.storages)
+    ):
         raise StoreFormatError(
             f"{file.path!r} lists storages {shorten(keys)}; expected the {len(objects.storages)} that its tensors use. "
             "The file is damaged; download it again."

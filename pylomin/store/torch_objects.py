@@ -175,7 +175,9 @@ class TorchObjects:
         self, storage: StorageRecord, dtype: torch.dtype, offset: object, shape: object, stride: object
     ) -> TensorRecord:
         if not (_is_count(offset) and _are_counts(shape) and _are_counts(stride) and len(shape) == len(stride)):
-            raise self._malformed(f"a tensor has offset {_shown(offset)}, shape {_shown(shape)}, stride {_shown(stride)}")
+            raise self._malformed(
+                f"a tensor has offset {_shown(offset)}, shape {_shown(shape)}, stride {_shown(stride)}"
+            )
         nbytes = dtype.itemsize
         for size in shape:
             nbytes *= max(size, 1)  # torch computes strides over the others where one is 0
