@@ -82,8 +82,8 @@ class Cursor:
     def error(self, problem: str) -> StoreFormatError:
         """The error for a malformed part, to be raised."""
         return StoreFormatError(
-            f"{self._what} of {self.file.path!r} {problem} (at byte {self.position}). The file is damaged or of another "
-            "format; download or convert it again."
+            f"{self._what} of {self.file.path!r} {problem} (at byte {self.position}). The file is damaged or of "
+            "another format; download or convert it again."
         )
 
     def _check_left(self, count: int) -> None:

@@ -28,6 +28,11 @@ class Global:
     module: str
     name: str
 
+    @classmethod
+    def of(cls, module: str, name: str) -> Global:
+        """Under the name that Python 3 has for it; protocol 2 writes that of Python 2."""
+        return cls("builtins" if module == "__builtin__" else module, name)
+
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
@@ -192,13 +197,13 @@ class _Reader:
 
     def _global(self) -> None:
         module, name = (self._cursor.line(_MAX_NAME_BYTES) for _ in range(2))
-        self._stack.append(Global(module.decode("utf-8", "replace"), name.decode("utf-8", "replace")))
+        self._stack.append(Global.of(module.decode("utf-8", "replace"), name.decode("utf-8", "replace")))
 
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             self._fail("names an object by what is no text")
-        self._stack.append(Global(module[:_MAX_NAME_BYTES], name[:_MAX_NAME_BYTES]))
+        self._stack.append(Global.of(module[:_MAX_NAME_BYTES], name[:_MAX_NAME_BYTES]))
 
     def _reduce(self) -> None:
         arguments = self._pop()

@@ -22,8 +22,8 @@ def path_inside(directory: str | os.PathLike[str], name: str, source: str) -> st
     real = Path(os.path.realpath(path)) if "\0" not in name else root.parent
     if Path(name).is_absolute() or ".." in Path(name).parts or not _is_allowed(real, root):
         raise StoreFormatError(
-            f"{source} points to {name[:1000]!r}, which is {str(real)!r}: outside its directory {str(root)!r}. Expected "
-            "the name of a file in that directory."
+            f"{source} points to {name[:1000]!r}, which is {str(real)!r}: outside its directory {str(root)!r}. "
+            "Expected the name of a file in that directory."
         )
     return str(path)
 

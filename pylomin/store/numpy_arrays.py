@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import WeightFile
+from pylomin.io.files import Extent, WeightFile
 from pylomin.store.base import WeightInfo
 from pylomin.store.dtypes import nbytes_of
 from pylomin.store.extents import EncodedWeight, ExtentStore, StoredWeight
@@ -25,7 +25,8 @@ class MemmapStore(ExtentStore):
     the file's pages at once; flushing is not needed.
 
     Args:
-        arrays: names to memmaps, or to views of them (``memmap[3:].T``).
+        arrays: names to memmaps, or to views of them (``memmap[3:].T``), of which numpy itself leaves no memmap where
+            they are empty.
 
     Raises:
         StoreReadError: a file is gone.
@@ -37,10 +38,15 @@ class MemmapStore(ExtentStore):
         weights: dict[str, StoredWeight | EncodedWeight] = {}
         try:
             for name, array in arrays.items():
-                path = os.fspath(array.filename)
-                if path not in files:
-                    files[path] = WeightFile(path, watched=False)
-                weights[name] = _mapped_weight(array, files[path], f"array {name!r}")
+                if array.size:
+                    path = os.fspath(array.filename)
+                    if path not in files:
+                        files[path] = WeightFile(path, watched=False)
+                    weights[name] = _mapped_weight(array, files[path], f"array {name!r}")
+            for name, array in arrays.items():
+                if not array.size:
+                    dtype, shape, *_ = _described(array, f"array {name!r}")
+                    weights[name] = StoredWeight(WeightInfo(dtype, shape, 0), next(iter(files.values())), Extent(0, 0))
         except BaseException:
             for file in files.values():
                 file.close()
@@ -53,10 +59,16 @@ def is_array(value: object) -> bool:
     return not isinstance(value, torch.Tensor) and hasattr(type(value), "__array_interface__")
 
 
-def is_mapped(value: object) -> TypeGuard[Any]:
-    """Is ``value`` a ``numpy.memmap`` whose file holds its values?"""
+def are_mapped(values: Iterable[Any]) -> bool:
+    """Are all ``values`` arrays of ``numpy.memmap`` whose files hold what is in them?"""
+    arrays = list(values)
+    full = [array for array in arrays if is_array(array) and array.size]
     # A copy-on-write mapping may have values that its file does not.
-    return is_array(value) and getattr(value, "filename", None) is not None and getattr(value, "mode", "c") != "c"
+    return (
+        all(map(is_array, arrays))
+        and bool(full)
+        and all(getattr(array, "filename", None) is not None and array.mode != "c" for array in full)
+    )
 
 
 def as_tensor(array: Any, name: str) -> torch.Tensor:

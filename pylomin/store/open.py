@@ -16,7 +16,7 @@ from pylomin.store.callable import CallableStore, WeightsFunction
 from pylomin.store.file_formats import SUPPORTED, open_file
 from pylomin.store.memory import MemoryStore
 from pylomin.store.npy import NpyStore
-from pylomin.store.numpy_arrays import MemmapStore, as_tensor, is_array, is_mapped
+from pylomin.store.numpy_arrays import MemmapStore, are_mapped, as_tensor, is_array
 from pylomin.store.sharded import WEIGHT_MAP, ShardedStore, read_index
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | WeightsFunction | WeightStore
@@ -88,7 +88,7 @@ def open_store(source: Source, *, weights_mapping_key: str | None = None) -> Wei
 
 
 def _open_mapping(source: Mapping[str, Any]) -> WeightStore:
-    if source and all(map(is_mapped, source.values())):
+    if are_mapped(source.values()):
         return MemmapStore(source)
     return MemoryStore({name: as_tensor(value, name) if is_array(value) else value for name, value in source.items()})
 

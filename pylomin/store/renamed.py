@@ -10,7 +10,7 @@ import torch
 from pylomin.errors import StoreFormatError, WeightNotFoundError
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightInfo, WeightStore
 from pylomin.store.extents import ExtentStore
-from pylomin.store.requests import weight_not_found
+from pylomin.store.requests import check_request, weight_not_found
 
 KeyMap = Mapping[str, str] | Callable[[str], str | None]
 _MAX_NAMES_SHOWN = 10
@@ -72,6 +72,8 @@ class RenamedStore:
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """As :meth:`~pylomin.store.base.WeightStore.read`."""
+        for request in requests:
+            check_request(request, self.info(request.name), self.describe(request.name))
         self._store.read([replace(request, name=self._name_there(request.name)) for request in requests])
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Weights in one file that torch.save wrote before torch 1.6, or writes without zip; read from where they lie.
 
-Format (``_legacy_save`` in ``torch/serialization.py``): five pickles (a magic number, the protocol's version, facts about
-the system, the object, the keys of its storages), then each storage: its length in elements in 8 bytes, and its bytes.
+Format (``_legacy_save`` in ``torch/serialization.py``): five pickles (a magic number, the protocol's version, facts
+about the system, the object, the keys of its storages), then each storage: its length in elements in 8 bytes, and its
+bytes.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ _STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
     "ComplexDoubleStorage": torch.complex128,
     "ComplexFloatStorage": torch.complex64,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
     "UntypedStorage": torch.uint8,
 }
 _STORAGE_MODULES = {"torch", "torch.cuda", "torch.storage"}
@@ -106,9 +109,11 @@ class TorchObjects:
         self.storages: dict[str, StorageRecord] = {}  # by key, as referred to
         self._path = path
 
-    def persistent(self, reference: object) -> StorageRecord:
+    def persistent(self, reference: object) -> StorageRecord | Global:
         """The storage for ``("storage", type, key, location, numel)``, with a view in old files."""
         match reference:
+            case ("module", Global() as cls, str(), str()):
+                return cls  # with its source code, in old files; `rebuild` refuses it
             case ("storage", Global(module, name), str(key), str(), int(numel), *view) if (
                 module in _STORAGE_MODULES and name in _STORAGE_DTYPES and numel >= 0 and view in ([], [None])
             ):
@@ -167,8 +172,8 @@ class TorchObjects:
             case ("_rebuild_from_type" | "_rebuild_from_type_v2"), (
                 Global("torch._utils", inner), Global() as cls, tuple(inner_arguments), _
             ) if not inner.startswith("_rebuild_from_type"):  # fmt: skip
-                tensor = self._tensor(inner, inner_arguments)
-                return tensor if str(cls) in _TENSOR_CLASSES else OtherTensor(f"a tensor subclass, {cls}")
+                rebuilt = self._tensor(inner, inner_arguments)
+                return rebuilt if str(cls) in _TENSOR_CLASSES else OtherTensor(f"a tensor subclass, {cls}")
         raise self._malformed(f"a tensor is made by {name[:100]} of {_shown(arguments)}")
 
     def _record(

@@ -116,6 +116,7 @@ def _byte_order(file: WeightFile, entry: ZipEntry | None) -> str:
         return "little"  # as torch takes files from before it wrote the order
     raw = bytearray(min(entry.extent.nbytes, 8))
     file.read(entry.extent.start, [memoryview(raw)])
-    if entry.method != STORED or raw not in (b"little", b"big"):
-        raise StoreFormatError(f"{file.path!r} has byte order {bytes(raw)!r}; expected b'little' or b'big'.")
-    return raw.decode()
+    order = bytes(raw)
+    if entry.method != STORED or order not in (b"little", b"big"):
+        raise StoreFormatError(f"{file.path!r} has byte order {order!r}; expected b'little' or b'big'.")
+    return order.decode()
