@@ -9,28 +9,28 @@ from dataclasses import dataclass
 import torch
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import Extent, WeightFile
+from pylomin.io.files import WeightFile
 from pylomin.store.base import WeightInfo
 from pylomin.store.strided import MOVED_AS, in_native_order, is_row_major
 from pylomin.store.tensor_bytes import byte_view
+from pylomin.store.zip_directory import ZipEntry
 
 _INPUT_BYTES = 1 << 16  # 64 KiB
 _OUTPUT_BYTES = 1 << 18  # 256 KiB: no more is decompressed at a time, whatever the ratio
 
 
 class Inflater:
-    """The bytes of a deflated extent, from the first one on. Never more than asked for is decompressed.
+    """The bytes of a deflated entry, from the first one on. Never more than asked for is decompressed.
 
-    Args:
-        file: where they are.
-        extent: the compressed bytes.
-        size_bytes: how many they should become; more is an error, found when it happens.
+    Whoever reads to the end is told if their checksum is not the one in the directory.
     """
 
-    def __init__(self, file: WeightFile, extent: Extent, size_bytes: int) -> None:
+    def __init__(self, file: WeightFile, entry: ZipEntry) -> None:
         self._file = file
-        self._left_bytes = size_bytes
-        self._chunks = _chunks(file, extent)
+        self._left_bytes = entry.size_bytes
+        self._expected_crc = entry.crc
+        self._crc = 0
+        self._chunks = _chunks(file, entry)
         self._decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
 
     def take(self, count: int) -> bytes:
@@ -66,6 +66,9 @@ class Inflater:
                 raise self._malformed(str(error)) from error
             if piece:
                 self._left_bytes -= len(piece)
+                self._crc = zlib.crc32(piece, self._crc)
+                if self._left_bytes == 0 and self._crc != self._expected_crc:
+                    raise self._malformed("its checksum is another one")
                 return piece
             if not chunk or self._decompressor.eof:
                 break
@@ -79,19 +82,18 @@ class Inflater:
 
 @dataclass(frozen=True, slots=True)
 class DeflatedWeight:
-    """An array that an extent holds compressed."""
+    """An array that an entry of a zip file holds compressed."""
 
     info: WeightInfo
     file: WeightFile
-    extent: Extent  # of the compressed bytes
-    size_bytes: int  # of all that they become
-    skipped_bytes: int  # of it, before the first element
+    entry: ZipEntry
+    skipped_bytes: int  # uncompressed, before the first element
     stride: tuple[int, ...]  # in elements
     swapped: bool
 
     def read_into(self, offset_bytes: int, destination: memoryview) -> None:
         """Fill ``destination`` with row-major bytes. All that lies before them is decompressed too."""
-        inflater = Inflater(self.file, self.extent, self.size_bytes)
+        inflater = Inflater(self.file, self.entry)
         inflater.skip(self.skipped_bytes)
         if not self.swapped and is_row_major(self.info.shape, self.stride):
             inflater.skip(offset_bytes)
@@ -106,7 +108,8 @@ class DeflatedWeight:
         destination[:] = byte_view(values)[offset_bytes : offset_bytes + len(destination)]
 
 
-def _chunks(file: WeightFile, extent: Extent) -> Iterator[bytes]:
+def _chunks(file: WeightFile, entry: ZipEntry) -> Iterator[bytes]:
+    extent = entry.extent
     for start in range(extent.start, extent.stop, _INPUT_BYTES):
         chunk = bytearray(min(_INPUT_BYTES, extent.stop - start))
         file.read(start, [memoryview(chunk)])

@@ -57,13 +57,11 @@ def _weight(entry: ZipEntry, file: WeightFile) -> StoredWeight | EncodedWeight:
         raise StoreFormatError(
             f"{where} is compressed by method {entry.method}; expected none or deflate ({DEFLATED})."
         )
-    inflater = Inflater(file, entry.extent, entry.size_bytes)
+    inflater = Inflater(file, entry)
     header = read_npy_header(inflater.take, where)
     if header.length_bytes + header.info.nbytes != entry.size_bytes:
         raise StoreFormatError(
             f"{where} has {entry.size_bytes} bytes; expected {header.length_bytes + header.info.nbytes} for "
             f"{header.info.dtype} {list(header.info.shape)}. The file is damaged; write it again."
         )
-    return DeflatedWeight(
-        header.info, file, entry.extent, entry.size_bytes, header.length_bytes, header.stride, header.swapped
-    )
+    return DeflatedWeight(header.info, file, entry, header.length_bytes, header.stride, header.swapped)

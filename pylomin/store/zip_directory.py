@@ -40,6 +40,7 @@ class ZipEntry:
     name: str
     method: int  # STORED, DEFLATED or another number of the format
     size_bytes: int  # uncompressed, as the directory says
+    crc: int  # CRC-32 of the uncompressed bytes, as the directory says
     extent: Extent
 
 
@@ -56,6 +57,7 @@ class _Listed:
     name: bytes
     decoded_name: str
     method: int
+    crc: int
     stored_bytes: int
     size_bytes: int
     header_start: int
@@ -125,7 +127,7 @@ def _parse_directory(raw: bytes, count: int, path: str) -> Iterator[_Listed]:
     for _ in range(count):
         if position + _CENTRAL.size > len(raw):
             raise _malformed(path, "has a directory that ends too early")
-        (signature, _, _, flags, method, _, _, _, stored_bytes, size_bytes, name_bytes, extra_bytes, comment_bytes,
+        (signature, _, _, flags, method, _, _, crc, stored_bytes, size_bytes, name_bytes, extra_bytes, comment_bytes,
          disk, _, _, header_start) = _CENTRAL.unpack_from(raw, position)  # fmt: skip
         name_start = position + _CENTRAL.size
         extra_start = name_start + name_bytes
@@ -144,7 +146,7 @@ def _parse_directory(raw: bytes, count: int, path: str) -> Iterator[_Listed]:
             decoded_name = name.decode("utf-8" if flags & _UTF8 else "cp437")
         except UnicodeDecodeError:
             raise _malformed(path, f"has an entry whose name is no text: {name[:80]!r}") from None
-        yield _Listed(name, decoded_name, method, stored_bytes, size_bytes, header_start)
+        yield _Listed(name, decoded_name, method, crc, stored_bytes, size_bytes, header_start)
     if position != len(raw):
         raise _malformed(path, "has more in its directory than it counts")
 
@@ -168,13 +170,12 @@ def _locate(file: WeightFile, entry: _Listed, limit: int) -> ZipEntry:
     shown = repr(entry.decoded_name[:200])
     if entry.header_start + _LOCAL.size > limit:
         raise _malformed(file.path, f"has an entry {shown} outside of its place")
-    signature, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack(
-        _read(file, entry.header_start, _LOCAL.size)
-    )
+    raw = _read(file, entry.header_start, min(_LOCAL.size + len(entry.name), limit - entry.header_start))
+    signature, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes = _LOCAL.unpack_from(raw)
     start = entry.header_start + _LOCAL.size + name_bytes + extra_bytes
     if signature != SIGNATURE or method != entry.method or flags & _ENCRYPTED or start > limit:
         raise _malformed(file.path, f"has a malformed header before its entry {shown}")
-    if name_bytes != len(entry.name) or _read(file, entry.header_start + _LOCAL.size, name_bytes) != entry.name:
+    if name_bytes != len(entry.name) or raw[_LOCAL.size :] != entry.name:
         raise _malformed(file.path, f"has another name before its entry {shown} than in its directory")
     stop = start + entry.stored_bytes
     if stop > limit:
@@ -183,7 +184,7 @@ def _locate(file: WeightFile, entry: _Listed, limit: int) -> ZipEntry:
         )
     if entry.method == STORED and entry.stored_bytes != entry.size_bytes:
         raise _malformed(file.path, f"has an uncompressed entry {shown} of two sizes")
-    return ZipEntry(entry.decoded_name, entry.method, entry.size_bytes, Extent(start, stop))
+    return ZipEntry(entry.decoded_name, entry.method, entry.size_bytes, entry.crc, Extent(start, stop))
 
 
 def _read(file: WeightFile, start: int, count: int) -> bytes:
