@@ -63,12 +63,12 @@ def are_mapped(values: Iterable[Any]) -> bool:
     """Are all ``values`` arrays of ``numpy.memmap`` whose files hold what is in them?"""
     arrays = list(values)
     full = [array for array in arrays if is_array(array) and array.size]
-    # A copy-on-write mapping may have values that its file does not.
-    return (
-        all(map(is_array, arrays))
-        and bool(full)
-        and all(getattr(array, "filename", None) is not None and array.mode != "c" for array in full)
-    )
+    return all(map(is_array, arrays)) and bool(full) and all(map(_is_mapped, full))
+
+
+def _is_mapped(array: Any) -> bool:
+    # A copy-on-write mapping may have values that its file does not. No tensor runs backwards.
+    return getattr(array, "filename", None) is not None and array.mode != "c" and min(array.strides, default=0) >= 0
 
 
 def as_tensor(array: Any, name: str) -> torch.Tensor:
@@ -78,7 +78,7 @@ def as_tensor(array: Any, name: str) -> torch.Tensor:
         StoreFormatError: torch has no such dtype.
     """
     dtype, shape, stride, swapped, address = _described(array, f"array {name!r}")
-    if swapped or any(step < 0 for step in stride):
+    if swapped or min(stride, default=0) < 0:
         return as_tensor(array.astype(array.dtype.newbyteorder("="), order="C", copy=True), name)
     count = span_of(shape, stride)
     if count == 0:
@@ -95,7 +95,7 @@ def _mapped_weight(array: Any, file: WeightFile, where: str) -> StoredWeight | E
     while getattr(whole.base, "filename", None) is not None:
         whole = whole.base
     start = whole.offset + address - whole.__array_interface__["data"][0]
-    if any(step < 0 for step in stride):
+    if min(stride, default=0) < 0:
         raise StoreFormatError(
             f"{where} runs backwards through {file.path!r}. Copy it: numpy.ascontiguousarray(array)."
         )

@@ -22,6 +22,7 @@ from pylomin.store.gguf_blocks import BLOCK_TYPES
 from .files import open_descriptors, read_bytes, read_tensor, same_bits, touch_later
 from .gguf_files import ARRAY, NUMBERS, STRING, UINT32, gguf_file, listed, text
 
+SCALES = {"Q4_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208]}  # where float16 numbers are
 QUANTISED = {name: GGMLQuantizationType[name] for name in BLOCK_TYPES}
 
 
@@ -38,7 +39,10 @@ def directory(tmp_path_factory) -> Path:
 def random_blocks(name: str, shape: tuple[int, ...], seed: int = 0) -> numpy.ndarray:
     block = BLOCK_TYPES[name]
     generator = numpy.random.default_rng(seed)
-    return generator.integers(0, 256, (*shape[:-1], shape[-1] // block.elements * block.nbytes), dtype=numpy.uint8)
+    blocks = generator.integers(0, 256, (*shape[:-1], shape[-1] // block.elements, block.nbytes), dtype=numpy.uint8)
+    for position in SCALES[name]:
+        blocks[..., position + 1] &= 0xBF  # finite: which NaN a product is depends on the library
+    return blocks.reshape(*shape[:-1], blocks.shape[-2] * block.nbytes)
 
 
 def test_as_the_library_writes_it(tmp_path):
@@ -61,8 +65,7 @@ def test_as_the_library_writes_it(tmp_path):
     for name, kind in QUANTISED.items():
         raw = random_blocks(name, (3, 512))
         writer.add_tensor(name, raw, raw_dtype=kind)
-        with numpy.errstate(all="ignore"):
-            expected[name] = torch.from_numpy(quants.dequantize(raw, kind))
+        expected[name] = torch.from_numpy(quants.dequantize(raw, kind))
     bfloat = quants.quantize(plain["a"], GGMLQuantizationType.BF16)
     writer.add_tensor("e", bfloat, raw_dtype=GGMLQuantizationType.BF16)
     expected["e"] = torch.from_numpy(plain["a"]).bfloat16()
@@ -86,8 +89,7 @@ def test_decoders(directory, name, data):
     elements = BLOCK_TYPES[name].elements
     shape = (*data.draw(st.lists(st.integers(0, 3), max_size=2)), elements * data.draw(st.integers(1, 3)))
     raw = random_blocks(name, shape, data.draw(st.integers(0, 99)))
-    with numpy.errstate(all="ignore"):
-        expected = quants.dequantize(raw, QUANTISED[name]).reshape(shape) if raw.size else numpy.empty(shape, "f4")
+    expected = quants.dequantize(raw, QUANTISED[name]).reshape(shape) if raw.size else numpy.empty(shape, "f4")
     store = store_of(gguf_file({}, blocks={"x": (shape, int(QUANTISED[name]), raw.tobytes())}), directory)
     assert store.info("x").shape == shape
     assert store.info("x").dtype == torch.float32
@@ -111,8 +113,7 @@ def test_a_large_weight_is_decoded_in_pieces(tmp_path):
     shape = (64, 1 << 16)  # 16 MiB of float32
     raw = random_blocks("Q4_0", shape)
     store = store_of(gguf_file({}, blocks={"x": (shape, 2, raw.tobytes())}), tmp_path)
-    with numpy.errstate(all="ignore"):
-        expected = quants.dequantize(raw, QUANTISED["Q4_0"])
+    expected = quants.dequantize(raw, QUANTISED["Q4_0"])
     assert read_bytes(store, "x") == expected.tobytes()
 
 
@@ -168,20 +169,19 @@ def test_changed_file(tmp_path):
 GOOD = gguf_file({"a": torch.arange(3.0), "b": torch.arange(5.0)})
 
 
-def with_tensors(
-    *infos: bytes, count: int | None = None, data: bytes = bytes(64), values: bytes = b"", kv: int = 0
-) -> bytes:
+def with_tensors(*infos: bytes, count: int | None = None, values: bytes = b"", kv: int = 0) -> bytes:
     head = b"GGUF" + struct.pack("<IQQ", 3, len(infos) if count is None else count, kv) + values + b"".join(infos)
-    return head + bytes(-len(head) % 32) + data
+    return head + bytes(-len(head) % 32) + bytes(64)
 
 
+ALIGNMENT = text("general.alignment")
 HUGE = (1 << 64) - 1
 F32 = NUMBERS[torch.float32]
 MALFORMED = {
     "magic": (b"GGML" + GOOD[4:], "does not begin with GGUF"),
     "version": (b"GGUF" + struct.pack("<I", 1) + GOOD[8:], "is of version 1; expected 2 or 3"),
     "big endian": (b"GGUF" + struct.pack(">I", 3) + GOOD[8:], "is of version 50331648"),
-    "many tensors": (with_tensors(listed("a", (3,), F32, 0), count=HUGE), "ends too early|claims a name"),
+    "many tensors": (with_tensors(listed("a", (3,), F32, 0), count=HUGE), "two weights named ''"),
     "many values": (with_tensors(kv=HUGE), "ends too early|value of type"),
     "long name": (with_tensors(struct.pack("<Q", HUGE)), "claims a name of"),
     "long key": (with_tensors(kv=1, values=struct.pack("<Q", 1 << 20)), "claims a name of"),
@@ -208,9 +208,9 @@ MALFORMED = {
     "overlap": (with_tensors(listed("a", (9,), F32, 0), listed("b", (3,), F32, 32)), "weight 'a' .* ends at byte"),
     "same bytes": (with_tensors(listed("a", (3,), F32, 0), listed("b", (3,), F32, 0)), "ends at byte"),
     "same name": (with_tensors(listed("a", (3,), F32, 0), listed("a", (3,), F32, 32)), "two weights named 'a'"),
-    "alignment": (with_tensors(kv=1, values=text("general.alignment") + struct.pack("<II", UINT32, 3)), "power of two"),
+    "alignment": (with_tensors(kv=1, values=ALIGNMENT + struct.pack("<II", UINT32, 3)), "power of two"),
     "no alignment": (
-        with_tensors(kv=1, values=text("general.alignment") + struct.pack("<II", UINT32, 0)),
+        with_tensors(kv=1, values=ALIGNMENT + struct.pack("<II", UINT32, 0)),
         "power of two",
     ),
     "other type": (with_tensors(listed("a", (256,), 16, 0)), "is of type IQ2_XXS; expected one of F32, .*Q6_K"),

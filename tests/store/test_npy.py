@@ -212,7 +212,7 @@ def test_damaged_deflated_data(tmp_path):
     raw = path.read_bytes()
     path.write_bytes(raw[:700] + bytes(200) + raw[900:])
     store = NpzStore(path)
-    with pytest.raises(StoreFormatError, match="could not read weight 'x': compressed data of .* is damaged"):
+    with pytest.raises(StoreFormatError, match=r"could not read weight 'x': compressed data of .* is damaged"):
         read_tensor(store, "x")
 
 
@@ -272,11 +272,7 @@ def test_what_was_written_to_a_memmap(tmp_path):
     assert read_tensor(store, "x").tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda array: array[::-1], lambda array: numpy.array(array), lambda array: array + 1],
-    ids=["view", "copy", "sum"],
-)
+@pytest.mark.parametrize("change", [lambda array: array[::-1], numpy.array, lambda array: array + 1])
 def test_arrays_that_are_no_part_of_a_file(change, tmp_path):
     numpy.save(tmp_path / "x.npy", numpy.arange(4.0))
     array = change(numpy.load(tmp_path / "x.npy", mmap_mode="r"))

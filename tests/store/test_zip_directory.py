@@ -25,9 +25,7 @@ def read(path: Path) -> ZipDirectory:
         file.close()
 
 
-def write(
-    path: Path, entries: dict[str, bytes], method: int = zipfile.ZIP_STORED, *, comment: bytes = b""
-) -> bytearray:
+def write(path: Path, entries: dict[str, bytes], method: int = zipfile.ZIP_STORED, comment: bytes = b"") -> bytearray:
     with zipfile.ZipFile(path, "w", method) as file:
         for name, content in entries.items():
             file.writestr(name, content)
