@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pylomin.errors import StoreFormatError
 from pylomin.io.files import Extent, Read, WeightFile
 
-_WINDOW_BYTES = 1 << 18  # 256 KiB
+_FIRST_WINDOW_BYTES = 1 << 12  # 4 KiB, then twice as much each time: little is read of what is behind a short part
+_LAST_WINDOW_BYTES = 1 << 18  # 256 KiB
 _DIGEST_BYTES = 1 << 20  # 1 MiB at a time
 
 _U32 = struct.Struct("<I")
@@ -32,6 +33,7 @@ class Cursor:
         self._what = what
         self._window = b""
         self._window_start = start
+        self._window_bytes = _FIRST_WINDOW_BYTES
         self._offset = 0  # in the window
 
     @property
@@ -93,7 +95,8 @@ class Cursor:
     def _refill(self, count: int) -> None:
         self._check_left(count)
         start = self.position
-        window = bytearray(min(max(count, _WINDOW_BYTES), self.stop - start))
+        window = bytearray(min(max(count, self._window_bytes), self.stop - start))
+        self._window_bytes = min(2 * self._window_bytes, _LAST_WINDOW_BYTES)
         self.file.read(start, [memoryview(window)])
         self._window, self._window_start, self._offset = bytes(window), start, 0
 

@@ -83,21 +83,12 @@ def read_zip_directory(file: WeightFile) -> ZipDirectory:
 
 def _find_directory(file: WeightFile) -> tuple[int, Extent]:
     """How many entries the directory has, and where it lies."""
-    tail_bytes = min(file.size_bytes, _END.size + _MAX_COMMENT_BYTES)
-    tail_start = file.size_bytes - tail_bytes
-    tail = _read(file, tail_start, tail_bytes)
-    found = tail.rfind(b"PK\x05\x06")
-    if found < 0 or found + _END.size > len(tail):
-        raise _malformed(file.path, "has no end of a zip directory")
-    _, disk, first_disk, count_here, count, size, start, comment_bytes = _END.unpack_from(tail, found)
-    if found + _END.size + comment_bytes != len(tail):
-        raise _malformed(file.path, "has bytes behind its end")
-    end = tail_start + found
-    small = (disk, first_disk, count_here, count, size, start)
+    end, numbers = _find_end(file)
+    disk, first_disk, count_here, count, size, start = numbers
     large = _find_end64(file, end)
     if large is not None:
         end, fields = large
-        if any(a not in (b, 0xFFFF, _IN_EXTRA) for a, b in zip(small, fields, strict=True)):
+        if any(a not in (b, 0xFFFF, _IN_EXTRA) for a, b in zip(numbers, fields, strict=True)):
             raise _malformed(file.path, "has two ends of its directory that differ")
         disk, first_disk, count_here, count, size, start = fields
     if disk or first_disk or count_here != count:
@@ -105,6 +96,21 @@ def _find_directory(file: WeightFile) -> tuple[int, Extent]:
     if start + size != end or size > _MAX_DIRECTORY_BYTES or count * _CENTRAL.size > size:
         raise _malformed(file.path, f"claims a directory of {count} entries in {size} bytes at byte {start}")
     return count, Extent(start, end)
+
+
+def _find_end(file: WeightFile) -> tuple[int, tuple[int, ...]]:
+    """Where the end of the directory begins, and its numbers."""
+    # Most files have no comment: then only the end is read, and nothing of the entries.
+    for room_bytes in (0, _MAX_COMMENT_BYTES):
+        tail_bytes = min(file.size_bytes, _END.size + room_bytes)
+        tail = _read(file, file.size_bytes - tail_bytes, tail_bytes)
+        found = tail.rfind(b"PK\x05\x06")
+        if found >= 0 and found + _END.size <= len(tail):
+            _, *numbers, comment_bytes = _END.unpack_from(tail, found)
+            if found + _END.size + comment_bytes != len(tail):
+                raise _malformed(file.path, "has bytes behind its end")
+            return file.size_bytes - tail_bytes + found, tuple(numbers)
+    raise _malformed(file.path, "has no end of a zip directory")
 
 
 def _find_end64(file: WeightFile, end: int) -> tuple[int, tuple[int, ...]] | None:
