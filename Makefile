@@ -2,13 +2,14 @@
 # To choose the torch build, anything pip understands: make test TORCH="torch==2.6.0"
 PYTHON ?= python3
 VENV ?= .venv
+FUZZ ?= 10000
 python := $(VENV)/bin/python
 ready := $(VENV)/ready
 pip := $(python) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test fuzz lint format bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +19,9 @@ demo: $(ready) ## Run a 1.6 GiB model in every way and compare memory and speed 
 
 test: $(ready) ## Run the tests (ARGS="-k name" to choose)
 	$(python) -m pytest $(ARGS)
+
+fuzz: $(ready) ## Open 10,000 damaged files of each format (FUZZ=100000 for more)
+	PYLOMIN_FUZZ_EXAMPLES=$(FUZZ) $(python) -m pytest tests/store/test_fuzz.py $(ARGS)
 
 lint: $(ready) ## Check style and types
 	$(python) -m ruff check .

@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
         for name, question in {
             "schedule": "Time that planning takes, and how far plans are from the best",
             "module_overhead": "Time that a rewritten module adds to each call",
+            "onramps": "Time to open, bytes read and peak memory for a checkpoint of each format",
             "many_tensors": "Time to load a checkpoint of 10,000 tensors",
             "big_linear": "One layer of 1 GiB under a budget of 64 MiB",
             "moe": "Bytes read for each token of a mixture of experts",

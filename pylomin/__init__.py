@@ -31,6 +31,7 @@ from pylomin.passes.restore import restore
 from pylomin.residency.plan import Plan
 from pylomin.residency.stats import Stats
 from pylomin.store.open import open_store
+from pylomin.store.sharded_loader import ShardedWeightsLoader
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "PlanError",
     "PylominError",
     "ScratchError",
+    "ShardedWeightsLoader",
     "Stats",
     "StoreChangedError",
     "StoreFormatError",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pylomin.store.base import InMemoryStore, WeightStore
-from pylomin.store.extents import ExtentStore, StoredWeight
+from pylomin.store.extents import StoredWeight
 
 if TYPE_CHECKING:
     from pylomin.residency.residency import Residency
@@ -77,11 +77,16 @@ class Source:
         # The store again, if its weights are tensors in memory; asked once, for a protocol check takes 20 µs.
         self.memory = store if isinstance(store, InMemoryStore) else None
         # Where in a file it is, if its store says so: then it is read, or mapped, past the store.
-        self.stored: StoredWeight | None = store.location(name) if isinstance(store, ExtentStore) else None
+        stored = getattr(store, "weight", _nowhere)(name)
+        self.stored: StoredWeight | None = stored if isinstance(stored, StoredWeight) else None
         self.name = name
         self.layout = layout  # of the stored bytes, on the CPU
         if on_unused is not None:
             weakref.finalize(self, on_unused).atexit = False
+
+
+def _nowhere(name: str) -> None:
+    """Of a store that does not say how it keeps its weights."""
 
 
 class State(enum.Enum):

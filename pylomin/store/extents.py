@@ -1,12 +1,12 @@
-"""Stores whose weights are byte ranges of files, whatever the format that says where they lie."""
+"""Stores whose weights lie in files, whatever the format that says where."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from pylomin.errors import StoreReadError
+from pylomin.errors import StoreFormatError, StoreReadError
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.placed import Placement, read_run
 from pylomin.io.runs import coalesce
@@ -23,6 +23,30 @@ class StoredWeight:
     extent: Extent
 
 
+class EncodedWeight(Protocol):
+    """A weight that no extent holds as it is: its elements lie scattered, or are compressed or quantised.
+
+    Callable from any thread.
+    """
+
+    @property
+    def info(self) -> WeightInfo:
+        """Of the weight as it is read."""
+        ...
+
+    @property
+    def file(self) -> WeightFile:
+        """Where its bytes are."""
+        ...
+
+    def read_into(self, offset_bytes: int, destination: memoryview) -> None:
+        """Fill ``destination`` with the row-major bytes from ``offset_bytes`` on; both lie within the weight.
+
+        Raises StoreReadError, or StoreFormatError where what is stored turns out to be malformed.
+        """
+        ...
+
+
 class ExtentStore:
     """A :class:`~pylomin.store.base.WeightStore` over extents of files.
 
@@ -34,7 +58,9 @@ class ExtentStore:
         files: those that ``close()`` closes.
     """
 
-    def __init__(self, path: str, weights: Mapping[str, StoredWeight], files: Iterable[WeightFile]) -> None:
+    def __init__(
+        self, path: str, weights: Mapping[str, StoredWeight | EncodedWeight], files: Iterable[WeightFile]
+    ) -> None:
         self.path = path
         self.files = tuple(files)
         self._weights = dict(weights)
@@ -48,20 +74,35 @@ class ExtentStore:
     def __len__(self) -> int:
         return len(self._weights)
 
-    def location(self, name: str) -> StoredWeight:
-        """The file and extent of one weight. Raises WeightNotFoundError."""
+    def weight(self, name: str) -> StoredWeight | EncodedWeight:
+        """How one weight is stored. Raises WeightNotFoundError."""
         try:
             return self._weights[name]
         except KeyError:
             raise weight_not_found(name, self._weights, repr(self.path)) from None
 
+    def location(self, name: str) -> StoredWeight:
+        """The file and extent of one weight.
+
+        Raises:
+            WeightNotFoundError: the weight is not in the store.
+            StoreFormatError: no extent holds it as it is (see :meth:`weight`); it can be read only.
+        """
+        weight = self.weight(name)
+        if not isinstance(weight, StoredWeight):
+            raise StoreFormatError(
+                f"weight {name!r} of {weight.file.path!r} is no contiguous run of bytes ({type(weight).__name__}). "
+                "Read it with the store's read(), or convert the file to safetensors."
+            )
+        return weight
+
     def info(self, name: str) -> WeightInfo:
         """Metadata of one weight. Raises WeightNotFoundError."""
-        return self.location(name).info
+        return self.weight(name).info
 
     def describe(self, name: str) -> str:
         """The path of the file that holds the weight. Raises WeightNotFoundError."""
-        return self.location(name).file.path
+        return self.weight(name).file.path
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every destination; weights that lie next to each other are read together.
@@ -69,13 +110,35 @@ class ExtentStore:
         Raises:
             WeightNotFoundError: a weight is not in the store.
             StoreReadError: naming the weights and the file.
+            StoreFormatError: what a weight is decoded from is malformed.
         """
-        read_extents([(self.location(request.name), request) for request in requests])
+        pieces: list[tuple[StoredWeight, ReadRequest]] = []
+        encoded: list[tuple[EncodedWeight, ReadRequest]] = []
+        for request in requests:
+            weight = self.weight(request.name)
+            if isinstance(weight, StoredWeight):
+                pieces.append((weight, request))
+            else:
+                check_request(request, weight.info, repr(weight.file.path))
+                encoded.append((weight, request))
+        read_extents(pieces)
+        for weight, request in encoded:
+            _read_encoded(weight, request)
 
     def close(self) -> None:
         """Close the files. Idempotent."""
         for file in self.files:
             file.close()
+
+
+def _read_encoded(weight: EncodedWeight, request: ReadRequest) -> None:
+    try:
+        if len(request.destination):
+            weight.read_into(request.offset_bytes, request.destination)
+        else:
+            weight.file.read(0, [])  # notices a file that is closed or changed
+    except (StoreReadError, StoreFormatError) as error:
+        raise type(error)(f"could not read weight {request.name!r}: {error}") from error
 
 
 def read_extents(pieces: Iterable[tuple[StoredWeight, ReadRequest]]) -> None:
