@@ -237,11 +237,10 @@ def _write(
 ) -> None:
     total_bytes = sum(file.nbytes for file in files) + sum(len(content) for _, content in others)
     disk = _Disk(target.directory, total_bytes, error_class, progress)
-    target.check()
     with disk.errors():
         staging = Staging(target.directory, target.stem or target.names[0])
     try:
-        target.check()  # again: a killed writer may have left what is gone now
+        target.check()  # not earlier: a killed writer may have left what is gone now
         check_room(target.directory, total_bytes, error_class)
         with ThreadPoolExecutor(1, thread_name_prefix="pylomin-digests") as hashing:
             for file in files:
