@@ -5,6 +5,7 @@
 
 from pylomin.errors import (
     BudgetError,
+    ExportError,
     OffloadedWriteError,
     OutputExistsError,
     PassError,
@@ -17,6 +18,7 @@ from pylomin.errors import (
     WeightMismatchError,
     WeightNotFoundError,
 )
+from pylomin.export import export_onnx
 from pylomin.lazy import partial as _partial  # noqa: F401  # registers the operators that need only some rows
 from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "ExportError",
     "OffloadedWriteError",
     "OutputExistsError",
     "PassError",
@@ -48,6 +51,7 @@ __all__ = [
     "WeightMismatchError",
     "WeightNotFoundError",
     "chunked_embedding",
+    "export_onnx",
     "lazy_loading",
     "load",
     "open_store",

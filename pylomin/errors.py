@@ -53,6 +53,10 @@ class StoreWriteError(PylominError, OSError):
     """Weights could not be written to a file (no space, no permission). The target is as it was before."""
 
 
+class ExportError(PylominError, ValueError):
+    """A model, or the weights that it streams, cannot be exported as they are."""
+
+
 class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 

@@ -143,6 +143,17 @@ class WeightFile:
                 nbytes = min(_HINT_BYTES, stop - start)
                 os.posix_fadvise(descriptor.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
 
+    def is_at_path(self) -> bool:
+        """Whether ``path`` leads to this file, which was not deleted, replaced or changed since it was opened."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            return False
+        try:
+            same = os.path.samestat(os.fstat(descriptor.fd), os.stat(self.path))
+        except OSError:
+            return False
+        return same and self._examine(descriptor.fd) == self._stamp
+
     def close(self) -> None:
         """Give the descriptor back, as soon as no read uses it. Idempotent."""
         self._descriptor = None
