@@ -23,6 +23,7 @@ from pylomin.store.progress import Progress, progress_of
 from pylomin.store.writer import FileToWrite, WeightToWrite, write_files
 
 _INLINE_BYTES = 1 << 14  # 16 KiB: constants of at most this size are part of the graph, weights never are
+_SOURCE_KEYS = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
 
 
 def export_onnx(
@@ -79,7 +80,7 @@ def export_onnx(
                 "refer to. Write the decoded values to a file of their own, and export the model that streams from it: "
                 "pylomin.save_model(model, 'decoded.safetensors')."
             )
-    # Without optimisation: it would compute with the weights.
+    # Torch's own optimisation would compute with the weights, which need not fit in memory.
     program = torch.onnx.export(
         model,
         args,
@@ -95,8 +96,9 @@ def export_onnx(
     assert program is not None
     data_name = name + ".data"
     graph = program.model.graph
-    weights = {key: value.const_value.raw for key, value in graph.initializers.items()}
-    file, places = _place(weights, directory, {name, data_name}, data_name)
+    _simplify(program.model)
+    tensors = {key: raw for key, value in graph.initializers.items() if (raw := _torch_tensor(value)) is not None}
+    file, places = _place(tensors, directory, {name, data_name}, data_name)
     _refer(graph, places, directory)
     content = _serialized(program.model)
     with progress_of(progress, f"Writing {name}") as report:
@@ -109,6 +111,28 @@ def export_onnx(
             progress=report,
         )
     return Path(directory, name)
+
+
+def _simplify(model: Any) -> None:
+    """Compute what depends on constants alone, but for weights, and leave out where in the source each node is from."""
+    from onnxscript import optimizer
+
+    weights = {name for name, value in model.graph.initializers.items() if _torch_tensor(value) is not None}
+
+    def should_fold(node: Any) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimizer.fold_constants(model, should_fold=should_fold)
+    optimizer.remove_unused_nodes(model)
+    for node in model.graph.all_nodes():
+        for key in _SOURCE_KEYS:
+            node.metadata_props.pop(key, None)
+
+
+def _torch_tensor(value: Any) -> torch.Tensor | None:
+    """What an initialiser was made of; None for a constant that was computed since."""
+    raw = getattr(value.const_value, "raw", None)
+    return raw if isinstance(raw, torch.Tensor) else None
 
 
 @dataclass(frozen=True, slots=True)
