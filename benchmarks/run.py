@@ -18,6 +18,10 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
         "Time that a rewritten module adds to each call",
         ["-m", "benchmarks.module_overhead"],
     ),
+    "export_onnx": (
+        "Time and memory that exporting a 2 GB model to ONNX takes",
+        ["-m", "benchmarks.export_onnx"],
+    ),
 }
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pylomin.errors import ExportError
+from pylomin.errors import ExportError, StoreWriteError
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.save import identity_of, values_of
 from pylomin.store.base import WeightStore
+from pylomin.store.disk import check_room
 from pylomin.store.dtypes import STORED_DTYPES
 from pylomin.store.extents import StoredWeight
 from pylomin.store.progress import Progress, progress_of
-from pylomin.store.writer import FileToWrite, WeightToWrite, write_files
+from pylomin.store.writer import FileToWrite, WeightToWrite, check_free, write_files
 
 _INLINE_BYTES = 1 << 14  # 16 KiB: constants of at most this size are part of the graph, weights never are
 _SOURCE_KEYS = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
@@ -72,6 +73,9 @@ def export_onnx(
         raise ExportError(f"path is {os.fspath(path)!r}; expected the name of a file that ends in '.onnx'.")
     if importlib.util.find_spec("onnxscript") is None:
         raise ModuleNotFoundError("export_onnx needs onnxscript: pip install 'pylomin[onnx]'.")
+    data_name = name + ".data"
+    check_free(directory, [name, data_name], overwrite)
+    check_room(directory, 0, StoreWriteError)  # is there such a directory?
     for fqn, parameter in model.named_parameters():
         if isinstance(parameter, OffloadedTensor) and _is_coded(parameter):
             source = parameter.weight.source
@@ -94,7 +98,6 @@ def export_onnx(
         verbose=False,
     )
     assert program is not None
-    data_name = name + ".data"
     graph = program.model.graph
     _simplify(program.model)
     tensors = {key: raw for key, value in graph.initializers.items() if (raw := _torch_tensor(value)) is not None}

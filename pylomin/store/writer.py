@@ -173,6 +173,16 @@ def write_files(
     _write(target, files, [last], durable=True, error_class=StoreWriteError, progress=progress)
 
 
+def check_free(directory: str, names: Sequence[str], overwrite: bool) -> None:
+    """Raise OutputExistsError if one of ``names`` is there, and is not a file that may be replaced."""
+    for name in names:
+        path = os.path.join(directory, name)
+        if os.path.lexists(path) and (not overwrite or os.path.isdir(path)):
+            raise OutputExistsError(
+                f"{path!r} already exists. Choose another name, or pass overwrite=True to replace a file."
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class _Target:
     """What is written to, and what may be in its place already."""
@@ -184,12 +194,7 @@ class _Target:
     has_shards: bool = False  # with names that begin with `key`
 
     def check(self) -> None:
-        for name in self.names:
-            path = os.path.join(self.directory, name)
-            if os.path.lexists(path) and (not self.overwrite or os.path.isdir(path)):
-                raise OutputExistsError(
-                    f"{path!r} already exists. Choose another name, or pass overwrite=True to replace a file."
-                )
+        check_free(self.directory, self.names, self.overwrite)
 
     def old_files(self) -> list[str]:
         """Those of ``names`` that are there, and the shards of an old index."""
