@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "bert": "Speed and memory of a BERT whose weights leave memory after use, file cached",
             "bert_cold": "The same from a cold file in a small container",
             "decode": "Decoding at five budgets, beside transformers, accelerate and llama.cpp",
+            "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
             "fit": "What fit predicts against what is measured",
         }.items()
     },

@@ -5,7 +5,9 @@
 
 from pylomin.errors import (
     BudgetError,
+    ExportError,
     OffloadedWriteError,
+    OutputExistsError,
     PassError,
     PlanError,
     PylominError,
@@ -13,9 +15,11 @@ from pylomin.errors import (
     StoreChangedError,
     StoreFormatError,
     StoreReadError,
+    StoreWriteError,
     WeightMismatchError,
     WeightNotFoundError,
 )
+from pylomin.export import export_onnx
 from pylomin.io.modes import Mode
 from pylomin.lazy import partial as _partial  # noqa: F401  # registers the operators that need only some rows
 from pylomin.load import load
@@ -30,15 +34,19 @@ from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
 from pylomin.residency.plan import Plan
 from pylomin.residency.stats import Stats
+from pylomin.save import save_model, save_store
 from pylomin.store.open import open_store
 from pylomin.store.sharded_loader import ShardedWeightsLoader
+from pylomin.store.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "ExportError",
     "Mode",
     "OffloadedWriteError",
+    "OutputExistsError",
     "PassError",
     "PeakMemory",
     "Plan",
@@ -50,10 +58,13 @@ __all__ = [
     "StoreChangedError",
     "StoreFormatError",
     "StoreReadError",
+    "StoreWriteError",
+    "VerifyReport",
     "WeightMismatchError",
     "WeightNotFoundError",
     "chunked_embedding",
     "chunked_linear",
+    "export_onnx",
     "fit",
     "lazy_loading",
     "load",
@@ -62,6 +73,9 @@ __all__ = [
     "plan_of",
     "prefetch",
     "restore",
+    "save_model",
+    "save_store",
     "set_memory_budget",
     "stats",
+    "verify",
 ]

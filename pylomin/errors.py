@@ -53,7 +53,15 @@ class TraceError(PylominError, RuntimeError):
     """``torch.jit.trace`` met an operation on an offloaded weight that it cannot record."""
 
 
-class ScratchError(PylominError, OSError):
+class StoreWriteError(PylominError, OSError):
+    """Weights could not be written to a file (no space, no permission). The target is as it was before."""
+
+
+class ExportError(PylominError, ValueError):
+    """A model, or the weights that it streams, cannot be exported as they are."""
+
+
+class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"__init__"},
     {"cli"},
     {"passes"},
+    {"export"},
     {"load", "save"},
     {"measure"},
     {"lazy"},

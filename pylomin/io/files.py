@@ -210,6 +210,17 @@ class WeightFile:
             return None
         return page_cache.cached_fraction(descriptor.fd, [(e.start, e.stop) for e in extents if e.nbytes], samples)
 
+    def is_at_path(self) -> bool:
+        """Whether ``path`` leads to this file, which was not deleted, replaced or changed since it was opened."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            return False
+        try:
+            same = os.path.samestat(os.fstat(descriptor.fd), os.stat(self.path))
+        except OSError:
+            return False
+        return same and self._examine(descriptor.fd) == self._stamp
+
     def close(self) -> None:
         """Give the descriptors back, as soon as no read uses them. Idempotent."""
         self._descriptor = None

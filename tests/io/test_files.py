@@ -345,6 +345,30 @@ class TestChanges:
         assert read(file, len(CONTENT), 4) == [b"more"]
 
 
+class TestIsAtPath:
+    def test_it_is(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_bytes(b"abc")
+        file = WeightFile(path)
+        assert file.is_at_path()
+        file.close()
+        assert not file.is_at_path()
+
+    @pytest.mark.parametrize("change", ["deleted", "renamed over", "written to"])
+    def test_it_is_not(self, tmp_path, change):
+        path = tmp_path / "file"
+        path.write_bytes(b"abc")
+        file = WeightFile(path)
+        if change == "deleted":
+            path.unlink()
+        elif change == "renamed over":
+            (tmp_path / "other").write_bytes(b"abc")
+            os.replace(tmp_path / "other", path)
+        else:
+            path.write_bytes(b"abcd")
+        assert not file.is_at_path()
+
+
 class TestPrefetchHint:
     def test_pieces(self, path, monkeypatch):
         calls = []
