@@ -5,6 +5,7 @@
 
 from pylomin.errors import (
     BudgetError,
+    MissingPackageError,
     OffloadedWriteError,
     PassError,
     PylominError,
@@ -22,6 +23,7 @@ from pylomin.passes.chunked_embedding import chunked_embedding
 from pylomin.passes.lazy_loading import lazy_loading
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
+from pylomin.pretrained.loading import from_pretrained
 from pylomin.residency.stats import Stats
 from pylomin.store.open import open_store
 
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "MissingPackageError",
     "OffloadedWriteError",
     "PassError",
     "PeakMemory",
@@ -41,6 +44,7 @@ __all__ = [
     "WeightMismatchError",
     "WeightNotFoundError",
     "chunked_embedding",
+    "from_pretrained",
     "lazy_loading",
     "load",
     "open_store",

@@ -18,7 +18,7 @@ LAYERS = [
     {"__init__"},
     {"cli"},
     {"passes"},
-    {"load", "save"},
+    {"load", "pretrained", "save"},
     {"measure"},
     {"lazy"},
     {"residency"},

@@ -1,0 +1,167 @@
+"""DeferredTensor: a tensor of a checkpoint that has not been read, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from pylomin.errors import OffloadedWriteError
+from pylomin.store.base import ReadRequest, WeightStore
+from pylomin.store.tensor_bytes import byte_view
+from pylomin.store.virtual import Part, VirtualStore, VirtualWeight
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Values that lie in a store, in row-major order. The tensor may have another floating-point dtype than these."""
+
+    part: Part
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Values that an operator makes, each time anew."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: int  # which of the tensors that the operator returns
+
+    def evaluate(self) -> torch.Tensor:
+        leaves, _ = tree_flatten(evaluated_call(self.func, self.args, self.kwargs))
+        values: torch.Tensor = leaves[self.output]
+        return values
+
+
+class DeferredTensor(torch.Tensor):
+    """A tensor on the CPU that has shape, stride and dtype, and a note of where its values come from.
+
+    Views, casts and concatenations of stored bytes are stored bytes again. Any other operator is noted, and runs when
+    values are needed. Where a result is needed at once (``torch.equal``), the arguments are read for as long as it
+    takes.
+    """
+
+    values: Stored | Computed
+
+    @staticmethod
+    def __new__(cls, values: Stored | Computed, like: torch.Tensor) -> DeferredTensor:
+        """``like`` gives shape, stride and dtype; it may be on the meta device."""
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            tensor: DeferredTensor = torch.Tensor._make_wrapper_subclass(
+                cls, like.size(), strides=like.stride(), dtype=like.dtype, device="cpu", requires_grad=False
+            )
+        tensor.values = values
+        return tensor
+
+    @staticmethod
+    def of(store: WeightStore, name: str) -> DeferredTensor:
+        """A whole weight of a store."""
+        info = store.info(name)
+        like = torch.empty(info.shape, dtype=info.dtype, device="meta")
+        return DeferredTensor(Stored(Part(store, name, 0, info.nbytes), info.dtype), like)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+    def evaluate(self) -> torch.Tensor:
+        """An ordinary tensor with its values."""
+        if isinstance(self.values, Computed):
+            return self.values.evaluate()
+        part, dtype = self.values.part, self.values.dtype
+        tensor = torch.empty(self.size(), dtype=dtype)
+        part.store.read([ReadRequest(part.name, part.offset_bytes, byte_view(tensor))])
+        return tensor.to(self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"DeferredTensor(size={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def evaluated_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``func`` with the values of its deferred arguments."""
+    leaves, spec = tree_flatten((args, kwargs))
+    known: dict[int, torch.Tensor] = {}
+    for leaf in leaves:
+        if isinstance(leaf, DeferredTensor) and id(leaf) not in known:
+            known[id(leaf)] = leaf.evaluate()
+    args, kwargs = tree_unflatten([known.get(id(leaf), leaf) for leaf in leaves], spec)
+    return func(*args, **kwargs)
+
+
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)  # in inference mode these arrive whole
+    if func._schema.is_mutable:
+        raise OffloadedWriteError(
+            f"{func} writes to a tensor of a checkpoint while its model is being made, which would be lost. Build the "
+            "model with the library that it is of, then use pylomin.lazy_loading(model)."
+        )
+    if kwargs.get("device") not in (None, torch.device("cpu")):
+        return evaluated_call(func, args, kwargs)
+    try:
+        metadata = tree_map(_shape_only, (args, {k: v for k, v in kwargs.items() if k != "device"}))
+        shapes = func(*metadata[0], **metadata[1])
+    except (NotImplementedError, RuntimeError):  # its result depends on values
+        return evaluated_call(func, args, kwargs)
+    outputs, spec = tree_flatten(shapes)
+    made = [
+        DeferredTensor(_stored(func, args, output) or Computed(func, args, kwargs, index), output)
+        if isinstance(output, torch.Tensor)
+        else output
+        for index, output in enumerate(outputs)
+    ]
+    return tree_unflatten(made, spec)
+
+
+def _shape_only(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+
+
+def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | None:
+    """Where the bytes of an output lie already; None if they have to be computed."""
+    if not output.is_contiguous():
+        return None
+    if func in (aten.cat.default, aten.stack.default):
+        dim = args[1] if len(args) > 1 else 0
+        return _joined(args[0], math.prod(output.shape[: dim % output.dim()]), output)
+    source = args[0]
+    if not isinstance(source, DeferredTensor) or not isinstance(source.values, Stored):
+        return None
+    if func in (aten.clone.default, aten._to_copy.default, aten._unsafe_view.default):
+        # One cast is left to whoever reads; a second one would skip the rounding of the first.
+        is_first = source.dtype == source.values.dtype
+        castable = source.dtype.is_floating_point and output.dtype.is_floating_point
+        return source.values if output.dtype == source.dtype or (is_first and castable) else None
+    if not func.is_view or output.dtype != source.dtype or output.is_conj() or output.is_neg():
+        return None
+    part, itemsize = source.values.part, source.values.dtype.itemsize
+    offset_bytes = part.offset_bytes + int(output.storage_offset()) * itemsize
+    return Stored(Part(part.store, part.name, offset_bytes, output.numel() * itemsize), source.values.dtype)
+
+
+def _joined(tensors: Sequence[Any], blocks: int, output: torch.Tensor) -> Stored | None:
+    """The bytes of ``tensors``, which are concatenated or stacked behind dimensions of ``blocks`` elements."""
+    sources = [tensor.values for tensor in tensors if isinstance(tensor, DeferredTensor)]
+    stored = [values for values in sources if isinstance(values, Stored)]
+    alike = len({tensor.dtype for tensor in tensors}) == len({values.dtype for values in stored}) == 1
+    if len(stored) < len(tensors) or not alike or not output.numel():
+        return None
+    dtype = stored[0].dtype
+    weight = VirtualWeight(dtype, tuple(output.shape), tuple(values.part for values in stored), blocks)
+    name = f"{stored[0].part.name} and {len(stored) - 1} more"
+    return Stored(Part(VirtualStore({name: weight}), name, 0, weight.info.nbytes), dtype)

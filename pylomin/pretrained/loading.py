@@ -1,0 +1,205 @@
+"""``from_pretrained``: a transformers model whose weights stay in the directory that they were saved in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylomin.errors import MissingPackageError, PassError, WeightMismatchError, WeightNotFoundError
+from pylomin.pretrained.attach import offload_deferred
+from pylomin.pretrained.checkpoint import checkpoint_directory, open_checkpoint, refuse_quantized
+from pylomin.pretrained.deferred import DeferredTensor
+from pylomin.residency.limits import parse_bytes
+
+_MIN_TRANSFORMERS = 5  # earlier ones read a given state dict while they copy it
+_DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")  # nothing to do
+_REFUSED = {
+    "device_map": "give device=, and memory_budget= for what may be in its memory",
+    "max_memory": "give memory_budget=",
+    "offload_folder": "the weights stay where they are, and nothing is written",
+    "quantization_config": "quantised models are not supported",
+    "gguf_file": "GGUF files are opened by pylomin.open_store",
+    "state_dict": "use pylomin.load(lambda: Model(config), state_dict)",
+    "distributed_config": "the model runs on one device",
+    "tp_plan": "the model runs on one device",
+    "trust_remote_code": "no code of a checkpoint is run; import its model class and give that",
+}
+
+
+def from_pretrained(
+    model_class: Any,
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    memory_budget: int | str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The model that ``model_class.from_pretrained(path)`` makes, whose weights stay where they are stored.
+
+    transformers itself builds the model, finds which stored tensor is which weight, and ties, renames and initialises,
+    but it is given tensors that have not been read. Experts that are stored one by one and stacked by the model are
+    read one by one. A weight that is converted in another way (transposed, permuted) is computed by each read of it.
+
+    Args:
+        model_class: of transformers: ``AutoModelForCausalLM``, ``BertModel``.
+        path: a local directory that ``save_pretrained`` made; ``.safetensors`` or ``.bin``, in one file or several.
+        device: where to compute. Default: the CPU.
+        dtype: of the model: a floating-point dtype, its name, or ``"auto"`` for what the config says, else the
+            weights. Default: ``"auto"``.
+        memory_budget: as in :func:`pylomin.lazy_loading`.
+        **kwargs: as for ``model_class.from_pretrained``: changes to the config, ``attn_implementation``,
+            ``generation_config``, ``ignore_mismatched_sizes``, ``key_mapping``, ``variant``, ``subfolder``,
+            ``output_loading_info`` (returns the model and what did not match).
+
+    Returns:
+        The model in eval mode. Weights that the checkpoint lacks, such as a new head's, are initialised as
+        transformers does, stay in memory and may be trained; those, and stored ones without a use, are in the report
+        that transformers logs.
+
+    Raises:
+        MissingPackageError: transformers is missing or older than 5.
+        StoreReadError: the directory, its config or its weights are not there.
+        WeightNotFoundError: no weight of the checkpoint is one of the model's.
+        WeightMismatchError: weights have other shapes than the model's.
+        PassError: an argument, a class or a checkpoint that this cannot work with.
+        BudgetError: ``memory_budget`` is smaller than the largest group of weights used together.
+    """
+    transformers = _import_transformers()
+    is_auto = _check_class(model_class, transformers)
+    for name, reason in _REFUSED.items():
+        if kwargs.get(name):
+            raise PassError(f"from_pretrained does not take {name}: {reason}.")
+        kwargs.pop(name, None)
+    for name in _DOWNLOADING:
+        kwargs.pop(name, None)
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    execution_device = None if device is None else torch.empty(0, device=device).device
+    former_dtype = kwargs.pop("torch_dtype", None)
+    dtype = _parse_dtype(former_dtype if dtype is None else dtype)
+    subfolder = kwargs.pop("subfolder", "")
+    variant, use_safetensors = kwargs.pop("variant", None), kwargs.pop("use_safetensors", None)
+    wants_info = kwargs.pop("output_loading_info", False)
+
+    directory = checkpoint_directory(path, subfolder)
+    config_class = transformers.AutoConfig if is_auto else model_class.config_class
+    config, model_kwargs = _read_config(config_class, directory, kwargs)
+    refuse_quantized(config, directory)
+    file_name = getattr(config, "transformers_weights", None)
+    store = open_checkpoint(directory, file_name=file_name, variant=variant, use_safetensors=use_safetensors)
+    try:
+        with _report() as report:
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict={name: DeferredTensor.of(store, name) for name in store},
+                dtype=dtype,
+                output_loading_info=True,
+                **model_kwargs,
+            )
+    except RuntimeError as error:
+        problem = WeightMismatchError if "ignore_mismatched_sizes" in str(error) else PassError
+        details = "\n".join(report) or str(error)
+        raise problem(f"transformers cannot load {directory!r} into {model_class.__name__}: {details}") from error
+    if len(store) and len(info["unexpected_keys"]) >= len(store):
+        raise WeightNotFoundError(
+            f"no weight in {directory!r} is one of {type(model).__name__}'s: found {next(iter(store))!r} and "
+            f"{len(store) - 1} more, expected {next(iter(model.state_dict()))!r} and others. Give the class that the "
+            f"checkpoint was saved from: its config.json names {getattr(config, 'architectures', None)}."
+        )
+    offload_deferred(model, device=execution_device, memory_budget=budget)
+    model.config.name_or_path = model.name_or_path = directory
+    if model.can_generate() and kwargs.get("generation_config") is None:
+        _read_generation_config(model, directory, kwargs)
+    return (model, info) if wants_info else model
+
+
+def _import_transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingPackageError(
+            f"pylomin.from_pretrained needs transformers: pip install 'pylomin[transformers]'. ({error})"
+        ) from error
+    found = str(transformers.__version__)
+    if int(found.partition(".")[0]) < _MIN_TRANSFORMERS:
+        raise MissingPackageError(
+            f"pylomin.from_pretrained needs transformers {_MIN_TRANSFORMERS} or later; found {found}. Upgrade it: "
+            "pip install -U 'pylomin[transformers]'."
+        )
+    return transformers
+
+
+def _check_class(model_class: Any, transformers: ModuleType) -> bool:
+    """Whether it is one of the auto classes. Raises PassError if it is no model class of transformers at all."""
+    if isinstance(model_class, type):
+        if hasattr(model_class, "_model_mapping"):
+            return True
+        if issubclass(model_class, transformers.PreTrainedModel) and model_class.config_class is not None:
+            return False
+    given = model_class.__name__ if isinstance(model_class, type) else f"an object of {type(model_class).__name__}"
+    raise PassError(
+        f"model_class is {given}; expected a model class of transformers, such as AutoModelForCausalLM or BertModel. "
+        "For models of other libraries: pylomin.load(lambda: Model(config), path), or pylomin.lazy_loading(model)."
+    )
+
+
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PassError(f"dtype is {dtype!r}; expected a floating-point dtype, its name, or 'auto'.")
+    return found
+
+
+def _read_config(config_class: Any, directory: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config, and the arguments that are not for it."""
+    others = {name: value for name, value in kwargs.items() if name != "config"}
+    given = kwargs.get("config")
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        return given, others
+    implementations = {name: others[name] for name in others if name.endswith("_implementation")}
+    try:
+        config, unused = config_class.from_pretrained(
+            directory if given is None else given, return_unused_kwargs=True, local_files_only=True, **others
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PassError(f"transformers cannot read the config in {directory!r}: {error}") from error
+    return config, unused | implementations
+
+
+def _read_generation_config(model: Any, directory: str, kwargs: dict[str, Any]) -> None:
+    for_hub = dict.fromkeys(("cache_dir", "proxies", "token", "revision", "trust_remote_code"))
+    model.adjust_generation_fn(
+        None, False, None, directory, force_download=False, local_files_only=True, subfolder="", **for_hub, **kwargs
+    )
+
+
+class _Collected(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()))
+
+
+@contextmanager
+def _report() -> Iterator[list[str]]:
+    """What transformers logs of a load, which its errors refer to."""
+    handler = _Collected()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        logger.removeHandler(handler)
