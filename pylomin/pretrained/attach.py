@@ -22,6 +22,7 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
     """
     ties = [tie for tie in find_ties(slots_of(model)) if isinstance(tie.parameter, DeferredTensor)]
     sources = _sources({tie.fqn: tie.parameter for tie in ties})  # type: ignore[misc]
+    written = {tie.fqn: tie.parameter.evaluate() for tie in ties if tie.parameter.base.written is not None}  # type: ignore[attr-defined]
     for tie in ties:
         _leave_metadata_only(tie)
     buffers: dict[int, torch.Tensor] = {}  # by id of what they replace, which several modules may own
@@ -36,13 +37,17 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
             if parameter is not None and parameter.device.type != "meta":
                 parameter.data = parameter.data.to(device)
     offload(model, ties, sources, residency_for(model), device=device, memory_budget=memory_budget)
+    with torch.no_grad():
+        for tie in ties:
+            if tie.fqn in written:
+                tie.parameter.copy_(written.pop(tie.fqn))
 
 
 def _leave_metadata_only(tie: Tie) -> None:
     deferred = tie.parameter
     empty = torch.empty_strided(deferred.size(), deferred.stride(), dtype=deferred.dtype, device="meta")
     parameter = nn.Parameter(empty, requires_grad=deferred.requires_grad)
-    own = ("values", "_is_param")
+    own = ("values", "base", "written", "_is_param")
     parameter.__dict__.update({name: value for name, value in deferred.__dict__.items() if name not in own})
     for slot in tie.slots:
         slot.module._parameters[slot.name] = parameter

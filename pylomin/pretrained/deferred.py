@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from pylomin.errors import OffloadedWriteError
 from pylomin.store.base import ReadRequest, WeightStore
 from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.virtual import Part, VirtualStore, VirtualWeight
@@ -47,19 +46,31 @@ class DeferredTensor(torch.Tensor):
 
     Views, casts and concatenations of stored bytes are stored bytes again. Any other operator is noted, and runs when
     values are needed. Where a result is needed at once (``torch.equal``), the arguments are read for as long as it
-    takes.
+    takes. Writing reads the values into memory, where they stay; views see it.
     """
 
     values: Stored | Computed
+    base: DeferredTensor  # the tensor that this is a view of; itself if it is none
+    written: torch.Tensor | None  # of a base: the values, once they were written to
 
     @staticmethod
-    def __new__(cls, values: Stored | Computed, like: torch.Tensor) -> DeferredTensor:
-        """``like`` gives shape, stride and dtype; it may be on the meta device."""
+    def __new__(
+        cls, values: Stored | Computed, like: torch.Tensor, base: DeferredTensor | None = None
+    ) -> DeferredTensor:
+        """``like`` gives shape, stride, offset and dtype; it may be on the meta device."""
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             tensor: DeferredTensor = torch.Tensor._make_wrapper_subclass(
-                cls, like.size(), strides=like.stride(), dtype=like.dtype, device="cpu", requires_grad=False
+                cls,
+                like.size(),
+                strides=like.stride(),
+                storage_offset=like.storage_offset(),
+                dtype=like.dtype,
+                device="cpu",
+                requires_grad=False,
             )
         tensor.values = values
+        tensor.base = tensor if base is None else base
+        tensor.written = None
         return tensor
 
     @staticmethod
@@ -78,7 +89,10 @@ class DeferredTensor(torch.Tensor):
         return _dispatch(func, args, kwargs or {})
 
     def evaluate(self) -> torch.Tensor:
-        """An ordinary tensor with its values."""
+        """An ordinary tensor with its values; of one that was written to, that memory."""
+        written = self.base.written
+        if written is not None:
+            return written.as_strided(self.size(), self.stride(), self.storage_offset())
         if isinstance(self.values, Computed):
             return self.values.evaluate()
         part, dtype = self.values.part, self.values.dtype
@@ -105,20 +119,26 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)  # in inference mode these arrive whole
     if func._schema.is_mutable:
-        raise OffloadedWriteError(
-            f"{func} writes to a tensor of a checkpoint while its model is being made, which would be lost. Build the "
-            "model with the library that it is of, then use pylomin.lazy_loading(model)."
-        )
-    if kwargs.get("device") not in (None, torch.device("cpu")):
+        return _run_writing(func, args, kwargs)
+    leaves, spec = tree_flatten((args, kwargs))
+    leaves = [leaf.evaluate() if _is_written(leaf) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(leaves, spec)
+    if not any(isinstance(leaf, DeferredTensor) for leaf in leaves):
+        return func(*args, **kwargs)
+    if func.overloadpacket in _FACTORIES:
+        return func(_shape_only(args[0]), *args[1:], **(kwargs | {"device": kwargs.get("device") or "cpu"}))
+    elsewhere = kwargs.get("device") not in (None, torch.device("cpu"))
+    if elsewhere or torch.Tag.nondeterministic_seeded in func.tags:
         return evaluated_call(func, args, kwargs)
     try:
-        metadata = tree_map(_shape_only, (args, {k: v for k, v in kwargs.items() if k != "device"}))
-        shapes = func(*metadata[0], **metadata[1])
+        args_only, kwargs_only = tree_map(_shape_only, (args, {k: v for k, v in kwargs.items() if k != "device"}))
+        shapes = func(*args_only, **kwargs_only)
     except (NotImplementedError, RuntimeError):  # its result depends on values
         return evaluated_call(func, args, kwargs)
     outputs, spec = tree_flatten(shapes)
+    base = args[0].base if func.is_view else None
     made = [
-        DeferredTensor(_stored(func, args, output) or Computed(func, args, kwargs, index), output)
+        DeferredTensor(_stored(func, args, output) or Computed(func, args, kwargs, index), output, base)
         if isinstance(output, torch.Tensor)
         else output
         for index, output in enumerate(outputs)
@@ -126,10 +146,44 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tree_unflatten(made, spec)
 
 
+_FACTORIES = frozenset(  # which read no values
+    (
+        aten.empty_like,
+        aten.zeros_like,
+        aten.ones_like,
+        aten.full_like,
+        aten.rand_like,
+        aten.randn_like,
+        aten.new_empty,
+        aten.new_zeros,
+        aten.new_ones,
+        aten.new_full,
+    )
+)
+
+
+def _is_written(value: Any) -> bool:
+    return isinstance(value, DeferredTensor) and value.base.written is not None
+
+
+def _run_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator that writes to its first argument, which is in memory from then on."""
+    target = args[0]
+    if isinstance(target, DeferredTensor) and target.base.written is None:
+        target.base.written = target.base.evaluate()
+    evaluated_call(func, args, kwargs)
+    return target
+
+
 def _shape_only(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    offset = int(value.storage_offset())
+    meta = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    if not offset:
+        return meta
+    span = 1 + sum((size - 1) * step for size, step in zip(value.size(), value.stride(), strict=True))
+    return meta.new_empty(offset + max(span, 0)).as_strided(value.size(), value.stride(), offset)
 
 
 def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | None:
@@ -150,7 +204,7 @@ def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | 
     if not func.is_view or output.dtype != source.dtype or output.is_conj() or output.is_neg():
         return None
     part, itemsize = source.values.part, source.values.dtype.itemsize
-    offset_bytes = part.offset_bytes + int(output.storage_offset()) * itemsize
+    offset_bytes = part.offset_bytes + int(output.storage_offset() - source.storage_offset()) * itemsize
     return Stored(Part(part.store, part.name, offset_bytes, output.numel() * itemsize), source.values.dtype)
 
 

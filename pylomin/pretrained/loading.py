@@ -117,7 +117,7 @@ def from_pretrained(
         )
     offload_deferred(model, device=execution_device, memory_budget=budget)
     model.config.name_or_path = model.name_or_path = directory
-    if model.can_generate() and kwargs.get("generation_config") is None:
+    if hasattr(model, "adjust_generation_fn") and kwargs.get("generation_config") is None:
         _read_generation_config(model, directory, kwargs)
     return (model, info) if wants_info else model
 
