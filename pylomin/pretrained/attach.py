@@ -72,7 +72,7 @@ def _sources(tensors: dict[str, DeferredTensor]) -> list[Source]:
         if isinstance(values, Stored):
             dtype = values.dtype
             if _is_whole(values):
-                store, name = values.part.store, values.part.name  # noqa: PLW2901
+                store, name = values.part.store, values.part.name
         sources.append(Source(store, name, Layout(dtype, shape, contiguous_stride(shape), _CPU)))
     return sources
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from pylomin.errors import PassError, StoreReadError
 from pylomin.store.base import WeightStore
@@ -71,14 +70,3 @@ def _with_variant(name: str, variant: str | None) -> str:
         return name
     stem, _, ending = name.rpartition(".")
     return f"{stem}.{variant}.{ending}"
-
-
-def refuse_quantized(config: Any, directory: str) -> None:
-    """Raises PassError if the weights are quantised in a way that needs kernels of another library."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise PassError(
-            f"the weights in {directory!r} are quantised (quantization_config with quant_method {str(method)!r}), "
-            "which pylomin cannot run. Use the checkpoint that this one was made from."
-        )

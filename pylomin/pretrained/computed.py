@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from pylomin.errors import StoreReadError
 from pylomin.pretrained.deferred import DeferredTensor
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.dtypes import nbytes_of
@@ -21,6 +22,7 @@ class ComputedStore:
 
     def __init__(self, tensors: Mapping[str, DeferredTensor]) -> None:
         self._tensors = dict(tensors)
+        self._is_closed = False
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -48,8 +50,10 @@ class ComputedStore:
 
         Raises:
             WeightNotFoundError: a weight is not in the store.
-            StoreReadError: the tensors that it is computed from could not be read.
+            StoreReadError: the tensors that it is computed from could not be read, or this store is closed.
         """
+        if self._is_closed and requests:
+            raise StoreReadError(f"weight {requests[0].name!r} was in a store of a checkpoint that is closed.")
         by_name: dict[str, list[ReadRequest]] = {}
         for request in requests:
             check_request(request, self.info(request.name), _WHERE)
@@ -61,4 +65,5 @@ class ComputedStore:
                 request.destination[:] = values[request.offset_bytes : stop]
 
     def close(self) -> None:
-        """Nothing to give back: the files belong to the stores of the tensors."""
+        """Read no more. The files belong to the stores of the tensors. Idempotent."""
+        self._is_closed = True

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from pylomin.errors import MissingPackageError, PassError, WeightMismatchError, WeightNotFoundError
+from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
 from pylomin.pretrained.attach import offload_deferred
-from pylomin.pretrained.checkpoint import checkpoint_directory, open_checkpoint, refuse_quantized
+from pylomin.pretrained.checkpoint import checkpoint_directory, open_checkpoint
+from pylomin.pretrained.config import (
+    check_class,
+    check_transformers,
+    read_config,
+    read_generation_config,
+    refuse_quantized,
+)
 from pylomin.pretrained.deferred import DeferredTensor
 from pylomin.residency.limits import parse_bytes
 
-_MIN_TRANSFORMERS = 5  # earlier ones read a given state dict while they copy it
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")  # nothing to do
 _REFUSED = {
     "device_map": "give device=, and memory_budget= for what may be in its memory",
@@ -73,8 +79,8 @@ def from_pretrained(
         PassError: an argument, a class or a checkpoint that this cannot work with.
         BudgetError: ``memory_budget`` is smaller than the largest group of weights used together.
     """
-    transformers = _import_transformers()
-    is_auto = _check_class(model_class, transformers)
+    check_transformers()
+    check_class(model_class)
     for name, reason in _REFUSED.items():
         if kwargs.get(name):
             raise PassError(f"from_pretrained does not take {name}: {reason}.")
@@ -90,8 +96,7 @@ def from_pretrained(
     wants_info = kwargs.pop("output_loading_info", False)
 
     directory = checkpoint_directory(path, subfolder)
-    config_class = transformers.AutoConfig if is_auto else model_class.config_class
-    config, model_kwargs = _read_config(config_class, directory, kwargs)
+    model_class, config, model_kwargs = read_config(model_class, directory, kwargs)
     refuse_quantized(config, directory)
     file_name = getattr(config, "transformers_weights", None)
     store = open_checkpoint(directory, file_name=file_name, variant=variant, use_safetensors=use_safetensors)
@@ -109,7 +114,9 @@ def from_pretrained(
         problem = WeightMismatchError if "ignore_mismatched_sizes" in str(error) else PassError
         details = "\n".join(report) or str(error)
         raise problem(f"transformers cannot load {directory!r} into {model_class.__name__}: {details}") from error
-    if len(store) and len(info["unexpected_keys"]) >= len(store):
+    if len(store) and not any(
+        isinstance(t, DeferredTensor) for t in itertools.chain(model.parameters(), model.buffers())
+    ):
         raise WeightNotFoundError(
             f"no weight in {directory!r} is one of {type(model).__name__}'s: found {next(iter(store))!r} and "
             f"{len(store) - 1} more, expected {next(iter(model.state_dict()))!r} and others. Give the class that the "
@@ -118,38 +125,8 @@ def from_pretrained(
     offload_deferred(model, device=execution_device, memory_budget=budget)
     model.config.name_or_path = model.name_or_path = directory
     if hasattr(model, "adjust_generation_fn") and kwargs.get("generation_config") is None:
-        _read_generation_config(model, directory, kwargs)
+        read_generation_config(model, directory, kwargs)
     return (model, info) if wants_info else model
-
-
-def _import_transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingPackageError(
-            f"pylomin.from_pretrained needs transformers: pip install 'pylomin[transformers]'. ({error})"
-        ) from error
-    found = str(transformers.__version__)
-    if int(found.partition(".")[0]) < _MIN_TRANSFORMERS:
-        raise MissingPackageError(
-            f"pylomin.from_pretrained needs transformers {_MIN_TRANSFORMERS} or later; found {found}. Upgrade it: "
-            "pip install -U 'pylomin[transformers]'."
-        )
-    return transformers
-
-
-def _check_class(model_class: Any, transformers: ModuleType) -> bool:
-    """Whether it is one of the auto classes. Raises PassError if it is no model class of transformers at all."""
-    if isinstance(model_class, type):
-        if hasattr(model_class, "_model_mapping"):
-            return True
-        if issubclass(model_class, transformers.PreTrainedModel) and model_class.config_class is not None:
-            return False
-    given = model_class.__name__ if isinstance(model_class, type) else f"an object of {type(model_class).__name__}"
-    raise PassError(
-        f"model_class is {given}; expected a model class of transformers, such as AutoModelForCausalLM or BertModel. "
-        "For models of other libraries: pylomin.load(lambda: Model(config), path), or pylomin.lazy_loading(model)."
-    )
 
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -159,29 +136,6 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise PassError(f"dtype is {dtype!r}; expected a floating-point dtype, its name, or 'auto'.")
     return found
-
-
-def _read_config(config_class: Any, directory: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The config, and the arguments that are not for it."""
-    others = {name: value for name, value in kwargs.items() if name != "config"}
-    given = kwargs.get("config")
-    if given is not None and not isinstance(given, (str, os.PathLike)):
-        return given, others
-    implementations = {name: others[name] for name in others if name.endswith("_implementation")}
-    try:
-        config, unused = config_class.from_pretrained(
-            directory if given is None else given, return_unused_kwargs=True, local_files_only=True, **others
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise PassError(f"transformers cannot read the config in {directory!r}: {error}") from error
-    return config, unused | implementations
-
-
-def _read_generation_config(model: Any, directory: str, kwargs: dict[str, Any]) -> None:
-    for_hub = dict.fromkeys(("cache_dir", "proxies", "token", "revision", "trust_remote_code"))
-    model.adjust_generation_fn(
-        None, False, None, directory, force_download=False, local_files_only=True, subfolder="", **for_hub, **kwargs
-    )
 
 
 class _Collected(logging.Handler):
@@ -195,11 +149,17 @@ class _Collected(logging.Handler):
 
 @contextmanager
 def _report() -> Iterator[list[str]]:
-    """What transformers logs of a load, which its errors refer to."""
+    """What transformers logs of a load, which its errors refer to; also where the user's verbosity is lower."""
     handler = _Collected()
     logger = logging.getLogger("transformers.modeling_utils")
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
+    if not logger.isEnabledFor(logging.WARNING):
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     try:
         yield handler.lines
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pylomin.errors import StoreFormatError
+from pylomin.errors import StoreFormatError, StoreReadError
 from pylomin.store.base import ReadRequest, WeightInfo, WeightStore
 from pylomin.store.dtypes import nbytes_of
 from pylomin.store.requests import check_request, weight_not_found
@@ -100,6 +100,7 @@ class VirtualStore:
 
     def __init__(self, weights: Mapping[str, VirtualWeight]) -> None:
         self._weights = dict(weights)
+        self._is_closed = False
 
     def __contains__(self, name: object) -> bool:
         return name in self._weights
@@ -132,8 +133,10 @@ class VirtualStore:
 
         Raises:
             WeightNotFoundError: a weight is not in the store.
-            StoreReadError: naming the underlying weights and their file.
+            StoreReadError: naming the underlying weights and their file; or this store is closed.
         """
+        if self._is_closed and requests:
+            raise StoreReadError(f"weight {requests[0].name!r} was in a virtual store that is closed.")
         by_store: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
         for request in requests:
             for store, piece in self._pieces(request):
@@ -143,6 +146,7 @@ class VirtualStore:
 
     def close(self) -> None:
         """Close the underlying stores. Idempotent."""
+        self._is_closed = True
         for store in {id(part.store): part.store for w in self._weights.values() for part in w.parts}.values():
             store.close()
 
