@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -21,8 +23,9 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
     Parameters that have values (those which the checkpoint lacks) stay in memory, on ``device``.
     """
     ties = [tie for tie in find_ties(slots_of(model)) if isinstance(tie.parameter, DeferredTensor)]
-    sources = _sources({tie.fqn: tie.parameter for tie in ties})  # type: ignore[misc]
-    written = {tie.fqn: tie.parameter.evaluate() for tie in ties if tie.parameter.base.written is not None}  # type: ignore[attr-defined]
+    tensors = {tie.fqn: tie.parameter for tie in ties if isinstance(tie.parameter, DeferredTensor)}
+    sources = _sources(tensors)
+    written = {name: tensor.evaluate() for name, tensor in tensors.items() if tensor.base.written is not None}
     for tie in ties:
         _leave_metadata_only(tie)
     buffers: dict[int, torch.Tensor] = {}  # by id of what they replace, which several modules may own
@@ -45,47 +48,47 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
 
 def _leave_metadata_only(tie: Tie) -> None:
     deferred = tie.parameter
-    empty = torch.empty_strided(deferred.size(), deferred.stride(), dtype=deferred.dtype, device="meta")
+    empty = torch.empty(deferred.size(), dtype=deferred.dtype, device="meta")
     parameter = nn.Parameter(empty, requires_grad=deferred.requires_grad)
-    own = ("values", "base", "written", "_is_param")
+    own = ("origin", "base", "written", "_is_param")
     parameter.__dict__.update({name: value for name, value in deferred.__dict__.items() if name not in own})
     for slot in tie.slots:
         slot.module._parameters[slot.name] = parameter
 
 
-def _sources(tensors: dict[str, DeferredTensor]) -> list[Source]:
+def _sources(tensors: Mapping[str, DeferredTensor]) -> list[Source]:
     """Whole weights of the checkpoint as they are; what is composed of them, or computed, through stores of its own."""
     virtual: dict[str, VirtualWeight] = {}
     computed: dict[str, DeferredTensor] = {}
     for name, tensor in tensors.items():
-        values = tensor.values
-        if not isinstance(values, Stored):
+        origin = tensor.origin
+        if not isinstance(origin, Stored):
             computed[name] = tensor
-        elif not _is_whole(values):
-            virtual[name] = _virtual(values, tuple(tensor.shape))
+        elif not _is_whole(origin):
+            virtual[name] = _virtual(origin, tuple(tensor.shape))
     virtual_store, computed_store = VirtualStore(virtual), ComputedStore(computed)
     sources = []
     for name, tensor in tensors.items():
-        values, shape = tensor.values, tuple(tensor.shape)
+        origin, shape = tensor.origin, tuple(tensor.shape)
         store: WeightStore = computed_store if name in computed else virtual_store
         dtype = tensor.dtype
-        if isinstance(values, Stored):
-            dtype = values.dtype
-            if _is_whole(values):
-                store, name = values.part.store, values.part.name
+        if isinstance(origin, Stored):
+            dtype = origin.dtype
+            if _is_whole(origin):
+                store, name = origin.part.store, origin.part.name
         sources.append(Source(store, name, Layout(dtype, shape, contiguous_stride(shape), _CPU)))
     return sources
 
 
-def _virtual(values: Stored, shape: tuple[int, ...]) -> VirtualWeight:
-    part = values.part
+def _virtual(origin: Stored, shape: tuple[int, ...]) -> VirtualWeight:
+    part = origin.part
     if isinstance(part.store, VirtualStore) and part.nbytes == part.store.info(part.name).nbytes:
         composed = part.store.weight(part.name)
         return VirtualWeight(composed.dtype, shape, composed.parts, composed.blocks)
-    return VirtualWeight(values.dtype, shape, (part,))
+    return VirtualWeight(origin.dtype, shape, (part,))
 
 
-def _is_whole(values: Stored) -> bool:
+def _is_whole(origin: Stored) -> bool:
     """It is a weight of the checkpoint, perhaps in another shape."""
-    part = values.part
+    part = origin.part
     return not isinstance(part.store, VirtualStore) and part.nbytes == part.store.info(part.name).nbytes

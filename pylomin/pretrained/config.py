@@ -30,11 +30,9 @@ def check_class(model_class: Any) -> None:
     """Raises PassError unless it is a model class of transformers, perhaps an auto class."""
     from transformers import PreTrainedModel
 
-    if isinstance(model_class, type):
-        if _is_auto(model_class):
-            return
-        if issubclass(model_class, PreTrainedModel) and model_class.config_class is not None:
-            return
+    is_concrete = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if _is_auto(model_class) or (is_concrete and model_class.config_class is not None):
+        return
     given = model_class.__name__ if isinstance(model_class, type) else f"an object of {type(model_class).__name__}"
     raise PassError(
         f"model_class is {given}; expected a model class of transformers, such as AutoModelForCausalLM or BertModel. "

@@ -17,6 +17,8 @@ from pylomin.store.virtual import Part, VirtualStore, VirtualWeight
 
 aten = torch.ops.aten
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -49,13 +51,13 @@ class DeferredTensor(torch.Tensor):
     takes. Writing reads the values into memory, where they stay; views see it.
     """
 
-    values: Stored | Computed
+    origin: Stored | Computed
     base: DeferredTensor  # the tensor that this is a view of; itself if it is none
     written: torch.Tensor | None  # of a base: the values, once they were written to
 
     @staticmethod
     def __new__(
-        cls, values: Stored | Computed, like: torch.Tensor, base: DeferredTensor | None = None
+        cls, origin: Stored | Computed, like: torch.Tensor, base: DeferredTensor | None = None
     ) -> DeferredTensor:
         """``like`` gives shape, stride, offset and dtype; it may be on the meta device."""
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
@@ -65,10 +67,10 @@ class DeferredTensor(torch.Tensor):
                 strides=like.stride(),
                 storage_offset=like.storage_offset(),
                 dtype=like.dtype,
-                device="cpu",
+                device=_CPU,
                 requires_grad=False,
             )
-        tensor.values = values
+        tensor.origin = origin
         tensor.base = tensor if base is None else base
         tensor.written = None
         return tensor
@@ -93,9 +95,9 @@ class DeferredTensor(torch.Tensor):
         written = self.base.written
         if written is not None:
             return written.as_strided(self.size(), self.stride(), self.storage_offset())
-        if isinstance(self.values, Computed):
-            return self.values.evaluate()
-        part, dtype = self.values.part, self.values.dtype
+        if isinstance(self.origin, Computed):
+            return self.origin.evaluate()
+        part, dtype = self.origin.part, self.origin.dtype
         tensor = torch.empty(self.size(), dtype=dtype)
         part.store.read([ReadRequest(part.name, part.offset_bytes, byte_view(tensor))])
         return tensor.to(self.dtype)
@@ -127,7 +129,7 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if func.overloadpacket in _FACTORIES:
         return func(_shape_only(args[0]), *args[1:], **(kwargs | {"device": kwargs.get("device") or "cpu"}))
-    elsewhere = kwargs.get("device") not in (None, torch.device("cpu"))
+    elsewhere = kwargs.get("device") not in (None, _CPU)
     if elsewhere or torch.Tag.nondeterministic_seeded in func.tags:
         return evaluated_call(func, args, kwargs)
     try:
@@ -194,23 +196,23 @@ def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | 
         dim = args[1] if len(args) > 1 else 0
         return _joined(args[0], math.prod(output.shape[: dim % output.dim()]), output)
     source = args[0]
-    if not isinstance(source, DeferredTensor) or not isinstance(source.values, Stored):
+    if not isinstance(source, DeferredTensor) or not isinstance(source.origin, Stored):
         return None
     if func in (aten.clone.default, aten._to_copy.default, aten._unsafe_view.default):
         # One cast is left to whoever reads; a second one would skip the rounding of the first.
-        is_first = source.dtype == source.values.dtype
+        is_first = source.dtype == source.origin.dtype
         castable = source.dtype.is_floating_point and output.dtype.is_floating_point
-        return source.values if output.dtype == source.dtype or (is_first and castable) else None
+        return source.origin if output.dtype == source.dtype or (is_first and castable) else None
     if not func.is_view or output.dtype != source.dtype or output.is_conj() or output.is_neg():
         return None
-    part, itemsize = source.values.part, source.values.dtype.itemsize
+    part, itemsize = source.origin.part, source.origin.dtype.itemsize
     offset_bytes = part.offset_bytes + int(output.storage_offset() - source.storage_offset()) * itemsize
-    return Stored(Part(part.store, part.name, offset_bytes, output.numel() * itemsize), source.values.dtype)
+    return Stored(Part(part.store, part.name, offset_bytes, output.numel() * itemsize), source.origin.dtype)
 
 
 def _joined(tensors: Sequence[Any], blocks: int, output: torch.Tensor) -> Stored | None:
     """The bytes of ``tensors``, which are concatenated or stacked behind dimensions of ``blocks`` elements."""
-    sources = [tensor.values for tensor in tensors if isinstance(tensor, DeferredTensor)]
+    sources = [tensor.origin for tensor in tensors if isinstance(tensor, DeferredTensor)]
     stored = [values for values in sources if isinstance(values, Stored)]
     alike = len({tensor.dtype for tensor in tensors}) == len({values.dtype for values in stored}) == 1
     if len(stored) < len(tensors) or not alike or not output.numel():

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
 from pylomin.pretrained.attach import offload_deferred
@@ -48,7 +47,7 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     memory_budget: int | str | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Any:
     """The model that ``model_class.from_pretrained(path)`` makes, whose weights stay where they are stored.
 
     transformers itself builds the model, finds which stored tensor is which weight, and ties, renames and initialises,

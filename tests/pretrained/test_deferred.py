@@ -89,7 +89,7 @@ def test_stays_bytes_of_a_store(name: str, function: Callable[[Tensor], Tensor])
     result = function(tensor)
     assert store.nbytes == 0
     assert isinstance(result, DeferredTensor)
-    assert isinstance(result.values, Stored)
+    assert isinstance(result.origin, Stored)
     assert_equal(result, function(values))
     assert store.nbytes == result.numel() * 4
 
@@ -101,7 +101,7 @@ def test_is_computed_when_it_is_read(name: str, function: Callable[[Tensor], Ten
     result = function(tensor)
     assert store.nbytes == 0
     assert isinstance(result, DeferredTensor)
-    assert isinstance(result.values, Computed)
+    assert isinstance(result.origin, Computed)
     assert_equal(result, function(values))
 
 
@@ -188,9 +188,9 @@ def test_joining_names_its_parts() -> None:
     _, tensors = deferred(torch.ones(2), torch.ones(2), torch.ones(2))
     joined = torch.stack(tensors)  # type: ignore[arg-type]
     assert isinstance(joined, DeferredTensor)
-    assert isinstance(joined.values, Stored)
-    assert isinstance(joined.values.part.store, VirtualStore)
-    assert joined.values.part.name == "0 and 2 more"
+    assert isinstance(joined.origin, Stored)
+    assert isinstance(joined.origin.part.store, VirtualStore)
+    assert joined.origin.part.name == "0 and 2 more"
 
 
 class TestComputedStore(StoreContract):
