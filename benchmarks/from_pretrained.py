@@ -114,26 +114,26 @@ def imports(path: Path) -> None:
 
 
 def load(path: Path) -> None:
-    """pylomin.from_pretrained"""
+    """pylomin.from_pretrained."""
     pylomin.from_pretrained(prepare(path), path)
 
 
 def load_and_run(path: Path) -> None:
-    """pylomin.from_pretrained, then one forward of eight tokens"""
+    """pylomin.from_pretrained, then one forward of eight tokens."""
     model = pylomin.from_pretrained(prepare(path), path)
     with torch.inference_mode():
         model(torch.arange(8)[None])
 
 
 def load_and_save(path: Path) -> None:
-    """pylomin.from_pretrained, then model.save_pretrained in shards of at most 256 MB"""
+    """pylomin.from_pretrained, then model.save_pretrained in shards of at most 256 MB."""
     model = pylomin.from_pretrained(prepare(path), path)
     model.save_pretrained(path / "saved", max_shard_size="256MB")
     shutil.rmtree(path / "saved")
 
 
 def load_with_transformers(path: Path) -> None:
-    """Transformers' own from_pretrained"""
+    """Transformers' own from_pretrained."""
     prepare(path).from_pretrained(path)
 
 
