@@ -51,15 +51,15 @@ def stored_weights(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         model = AutoModelForCausalLM.from_config(config)
     for name, tensor in model.state_dict().items():
         shape = tuple(tensor.shape)
-        prefix, found, stacked = name.replace(".mlp.", ".block_sparse_moe.").partition(".experts.")
-        if not found:
-            yield prefix, shape
-        for expert in range(shape[0] if found else 0):
-            if stacked == "gate_up_proj":
-                for part in ("w1", "w3"):
-                    yield f"{prefix}.experts.{expert}.{part}.weight", (shape[1] // 2, shape[2])
-            else:
-                yield f"{prefix}.experts.{expert}.w2.weight", shape[1:]
+        module, _, weight = name.rpartition(".")
+        if not module.endswith(".experts"):
+            yield name, shape
+            continue
+        prefix = module.replace(".mlp.", ".block_sparse_moe.")
+        parts = {"w1": shape[1] // 2, "w3": shape[1] // 2} if weight == "gate_up_proj" else {"w2": shape[1]}
+        for expert in range(shape[0]):
+            for part, rows in parts.items():
+                yield f"{prefix}.{expert}.{part}.weight", (rows, shape[2])
 
 
 def write_checkpoint(kind: str, size: str, directory: Path) -> Path:
@@ -115,7 +115,8 @@ def imports(path: Path) -> None:
 
 def load(path: Path) -> None:
     """pylomin.from_pretrained."""
-    pylomin.from_pretrained(prepare(path), path)
+    _, info = pylomin.from_pretrained(prepare(path), path, output_loading_info=True)
+    assert not any(info.values()), info
 
 
 def load_and_run(path: Path) -> None:
