@@ -6,6 +6,7 @@
 from pylomin.errors import (
     BudgetError,
     ExportError,
+    MissingPackageError,
     OffloadedWriteError,
     OutputExistsError,
     PassError,
@@ -32,6 +33,7 @@ from pylomin.passes.memory_budget import set_memory_budget
 from pylomin.passes.planning import plan_of
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
+from pylomin.pretrained.loading import from_pretrained
 from pylomin.residency.plan import Plan
 from pylomin.residency.stats import Stats
 from pylomin.save import save_model, save_store
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BudgetError",
     "ExportError",
+    "MissingPackageError",
     "Mode",
     "OffloadedWriteError",
     "OutputExistsError",
@@ -66,6 +69,7 @@ __all__ = [
     "chunked_linear",
     "export_onnx",
     "fit",
+    "from_pretrained",
     "lazy_loading",
     "load",
     "open_store",

@@ -65,6 +65,10 @@ class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 
 
+class MissingPackageError(PylominError, ImportError):
+    """A package that this function needs, and pylomin itself does not, is missing or too old."""
+
+
 class OutputExistsError(PylominError, FileExistsError):
     """A file that should be written exists already."""
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"cli"},
     {"passes"},
     {"export"},
-    {"load", "save"},
+    {"load", "pretrained", "save"},
     {"measure"},
     {"lazy"},
     {"residency"},

@@ -98,7 +98,7 @@ def offload(
     Args:
         sources: where the bytes of each weight are.
         device: where to compute; default: where the parameter is (the CPU for one without values).
-        dtype: of floating-point weights in compute memory; default: as stored.
+        dtype: of floating-point weights in compute memory; default: the parameter's.
         memory_budget: the new budget of ``residency``; default: unchanged.
         reading_mode: how to read; default: unchanged.
     """
@@ -150,8 +150,10 @@ def _conversions(
 ) -> tuple[Layout, ...]:
     if device is None:
         device = stored.device if parameter.device.type == "meta" else parameter.device
-    if dtype is None or not stored.dtype.is_floating_point:
+    if not stored.dtype.is_floating_point:
         dtype = stored.dtype
+    elif dtype is None:
+        dtype = parameter.dtype
     layout = replace(stored, dtype=dtype, device=device)
     return () if layout == stored else (layout,)
 
