@@ -53,6 +53,14 @@ class ScratchError(PylominError, OSError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 
 
+class CheckpointError(PylominError, ValueError):
+    """A training checkpoint is malformed, does not fit what it is restored into, or lacks its reference."""
+
+
+class MissingPackageError(PylominError, ImportError):
+    """An optional package that was asked for is not installed."""
+
+
 class OutputExistsError(PylominError, FileExistsError):
     """A file that should be written exists already."""
 

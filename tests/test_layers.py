@@ -17,12 +17,13 @@ PACKAGE = ROOT / "pylomin"
 LAYERS = [
     {"__init__"},
     {"cli"},
-    {"passes"},
+    {"checkpoint", "passes"},
     {"load", "save"},
     {"measure"},
     {"lazy"},
     {"residency"},
     {"store"},
+    {"quantize"},
     {"io"},
     {"errors"},
 ]
