@@ -6,7 +6,7 @@ import math
 
 import torch
 
-_SAFE = (1e-12, 1e12)  # magnitudes whose squares, and sums of many of them, float32 holds
+_SAFE = (1e-20, 1e30)  # a sum of squares in float32 to which no square mattered that was too small or too large
 
 
 class ErrorSum:
@@ -18,13 +18,16 @@ class ErrorSum:
         self._error_norm = 0.0
         self._norm = 0.0
 
-    def add(self, values: torch.Tensor, decoded: torch.Tensor) -> None:
-        """Count a chunk; ``values`` is float32 or float64."""
+    def add(self, values: torch.Tensor, decoded: torch.Tensor) -> bool:
+        """Count a chunk; ``values`` is float32 or float64. Returns False, and counts nothing, if not all is finite."""
         error = decoded.to(values.dtype).sub_(values)
         largest = float(error.abs().amax())
+        if not math.isfinite(largest):
+            return False
         self.max_error = max(self.max_error, largest)
-        self._error_norm = math.hypot(self._error_norm, _norm(error, largest))
-        self._norm = math.hypot(self._norm, _norm(values, float(values.abs().amax())))
+        self._error_norm = math.hypot(self._error_norm, _norm(error))
+        self._norm = math.hypot(self._norm, _norm(values))
+        return True
 
     @property
     def rms_error(self) -> float:
@@ -34,9 +37,13 @@ class ErrorSum:
         return self._error_norm / self._norm if self._norm else math.inf
 
 
-def _norm(values: torch.Tensor, largest: float) -> float:
+def _norm(values: torch.Tensor) -> float:
     flat = values.reshape(-1)
-    if largest == 0 or _SAFE[0] < largest < _SAFE[1]:
-        return math.sqrt(float(torch.dot(flat, flat)))
+    squares = float(torch.dot(flat, flat))
+    if _SAFE[0] < squares < _SAFE[1]:
+        return math.sqrt(squares)
+    largest = float(flat.abs().amax())
+    if largest == 0:
+        return 0.0
     flat = flat.double() / largest
     return largest * math.sqrt(float(torch.dot(flat, flat)))

@@ -140,10 +140,8 @@ class Packing:
             largest = parts[0].abs().amax().to(torch.float64)
         decoded = torch.empty_like(values) if reference is None else reference.clone()
         self.decode_rows(parts, decoded, add=reference is not None)
-        if not largest <= torch.finfo(self.dtype).max or not bool(torch.isfinite(decoded).all()):
-            finite = bool(torch.isfinite(values).all())
-            raise NotEncodable("values out of range" if finite else "non-finite values")
-        errors.add(exact, decoded)
+        if not largest <= torch.finfo(self.dtype).max or not errors.add(exact, decoded):
+            raise NotEncodable("values out of range" if bool(torch.isfinite(values).all()) else "non-finite values")
         return parts
 
     def decode_rows(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor, *, add: bool = False) -> None:
