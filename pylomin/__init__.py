@@ -6,12 +6,14 @@
 from pylomin.errors import (
     BudgetError,
     OffloadedWriteError,
+    OutputExistsError,
     PassError,
     PylominError,
     ScratchError,
     StoreChangedError,
     StoreFormatError,
     StoreReadError,
+    StoreWriteError,
     WeightMismatchError,
     WeightNotFoundError,
 )
@@ -23,13 +25,16 @@ from pylomin.passes.lazy_loading import lazy_loading
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
 from pylomin.residency.stats import Stats
+from pylomin.save import save_model, save_store
 from pylomin.store.open import open_store
+from pylomin.store.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
     "OffloadedWriteError",
+    "OutputExistsError",
     "PassError",
     "PeakMemory",
     "PylominError",
@@ -38,6 +43,8 @@ __all__ = [
     "StoreChangedError",
     "StoreFormatError",
     "StoreReadError",
+    "StoreWriteError",
+    "VerifyReport",
     "WeightMismatchError",
     "WeightNotFoundError",
     "chunked_embedding",
@@ -47,5 +54,8 @@ __all__ = [
     "peak_memory",
     "prefetch",
     "restore",
+    "save_model",
+    "save_store",
     "stats",
+    "verify",
 ]

@@ -49,7 +49,11 @@ class TraceError(PylominError, RuntimeError):
     """``torch.jit.trace`` met an operation on an offloaded weight that it cannot record."""
 
 
-class ScratchError(PylominError, OSError):
+class StoreWriteError(PylominError, OSError):
+    """Weights could not be written to a file (no space, no permission). The target is as it was before."""
+
+
+class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 
 

@@ -6,21 +6,26 @@ import errno
 import os
 import shutil
 
-from pylomin.errors import ScratchError
+from pylomin.errors import ScratchError, StoreWriteError
 
 _WRITE_BYTES = 1 << 26  # 64 MiB per call: macOS refuses 2 GiB, and Ctrl-C should not wait for long
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_HOW_TO_CHOOSE = {
+    ScratchError: " with output_dir= or by setting the environment variable TMPDIR",
+    StoreWriteError: "",  # the caller named it
+}
 
 
-def check_room(directory: str, needed_bytes: int) -> None:
-    """Raise ScratchError unless the file system of ``directory`` has ``needed_bytes`` free."""
+def check_room(directory: str, needed_bytes: int, error_class: type[StoreWriteError] = ScratchError) -> None:
+    """Raise ``error_class`` unless the file system of ``directory`` has ``needed_bytes`` free."""
     try:
         free_bytes = shutil.disk_usage(directory).free
     except OSError as error:
-        raise disk_error(error, directory, needed_bytes) from error
+        raise disk_error(error, directory, needed_bytes, error_class) from error
     if free_bytes < needed_bytes:
-        raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), directory, needed_bytes)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise disk_error(full, directory, needed_bytes, error_class)
 
 
 def write_at(fd: int, offset_bytes: int, view: memoryview) -> None:
@@ -30,7 +35,9 @@ def write_at(fd: int, offset_bytes: int, view: memoryview) -> None:
         done += os.pwrite(fd, view[done : done + _WRITE_BYTES], offset_bytes + done)
 
 
-def disk_error(error: OSError, directory: str, needed_bytes: int) -> ScratchError:
+def disk_error(
+    error: OSError, directory: str, needed_bytes: int, error_class: type[StoreWriteError] = ScratchError
+) -> StoreWriteError:
     """The error for a failed write of ``needed_bytes`` into ``directory``."""
     try:
         free = _sized(shutil.disk_usage(directory).free)
@@ -44,10 +51,9 @@ def disk_error(error: OSError, directory: str, needed_bytes: int) -> ScratchErro
         advice = "Create the directory, or choose another one"
     else:
         advice = "Check the disk, or choose another directory"
-    return ScratchError(
+    return error_class(
         f"writing weights to {directory!r} failed: {error.strerror or error}. Needed: "
-        f"{_sized(needed_bytes)}; free there: {free}. {advice} with output_dir= or by setting "
-        "the environment variable TMPDIR."
+        f"{_sized(needed_bytes)}; free there: {free}. {advice}{_HOW_TO_CHOOSE[error_class]}."
     )
 
 

@@ -1,21 +1,29 @@
-"""Writing ``.safetensors`` files with one tensor in memory at a time."""
+"""Writing ``.safetensors`` files with one tensor, or a piece of one, in memory at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import json
+import math
 import os
-import secrets
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
-from pylomin.errors import OutputExistsError, WeightMismatchError
+from pylomin.errors import OutputExistsError, ScratchError, StoreFormatError, StoreWriteError, WeightMismatchError
+from pylomin.store.digests import DIGESTS_KEY, EMPTY_DIGEST, format_digests, layout_digest, new_digest
 from pylomin.store.disk import check_room, disk_error, write_at
 from pylomin.store.dtypes import nbytes_of
-from pylomin.store.header import build_header
+from pylomin.store.header import PREFIX_BYTES, build_header
+from pylomin.store.staging import Staging
 from pylomin.store.tensor_bytes import byte_view, contiguous_cpu
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+_MIN_PARALLEL_BYTES = 1 << 20  # 1 MiB: handing less to another thread takes longer than hashing it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,49 @@ class WeightToWrite:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    get_tensor: Callable[[], torch.Tensor]  # called once; any device and strides
+    get_values: Callable[[], torch.Tensor | Iterator[torch.Tensor]]
+    """Called once: the tensor (any device and strides), or runs of its elements in row-major order, one after the
+    other, each of which is written before the next is asked for."""
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes_of(self.dtype, self.shape)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The values, checked: what comes is what was announced.
+
+        Raises:
+            WeightMismatchError: it is not.
+        """
+        values = self.get_values()
+        if isinstance(values, torch.Tensor):
+            self._check(values, tuple(values.shape) == tuple(self.shape))
+            yield values
+            return
+        numel = math.prod(self.shape)
+        for piece in values:
+            numel -= piece.numel()
+            self._check(piece, numel >= 0)
+            yield piece
+        if numel:
+            raise WeightMismatchError(
+                f"weight {self.name!r} was to be written with shape {tuple(self.shape)}; its pieces end {numel} "
+                "elements before that."
+            )
+
+    def _check(self, found: torch.Tensor, fits: bool) -> None:
+        if found.dtype != self.dtype or not fits:
+            raise WeightMismatchError(
+                f"weight {self.name!r} was to be written with dtype {self.dtype} and shape "
+                f"{tuple(self.shape)}; the tensor has {found.dtype} and {tuple(found.shape)}."
+            )
+
+
+Metadata = Callable[[Sequence[str]], Mapping[str, str]]
+"""Strings for the header of a file that holds these weights.
+
+Asked for before they are written and again afterwards, when it may know more; what it says then must not be longer.
+"""
 
 
 def write_safetensors(
@@ -38,7 +88,7 @@ def write_safetensors(
 ) -> None:
     """Write weights, in the given order, to a safetensors file that appears complete or not at all.
 
-    The file grows under a temporary name beside ``path`` and is renamed when it is whole; on any
+    The file grows in a temporary directory beside ``path`` and is renamed when it is whole; on any
     failure it is removed and ``path`` is as before.
 
     Args:
@@ -55,104 +105,234 @@ def write_safetensors(
         WeightMismatchError: a tensor has another dtype or shape than announced.
         ScratchError: no space or no permission, naming directory, needed and free bytes.
     """
-    target = os.path.abspath(path)
-    directory = os.path.dirname(target)
-    header = build_header(((w.name, w.dtype, w.shape) for w in weights), metadata)
-    total_bytes = len(header) + sum(nbytes_of(w.dtype, w.shape) for w in weights)
-    _check_absent(target, overwrite)
-    check_room(directory, total_bytes)
-    temporary = os.path.join(directory, f".pylomin-{secrets.token_hex(8)}.tmp")
-    output = _Output(temporary, directory, total_bytes)
+    directory, name = os.path.split(os.path.abspath(path))
+    file = _File(name, weights, (lambda names: metadata) if metadata else None)
+    target = _Target(directory, (name,), overwrite)
+    _write(target, [file], [], durable=durable, error_class=ScratchError)
+
+
+def write_checkpoint(
+    directory: str,
+    stem: str,
+    shards: Sequence[Sequence[WeightToWrite]],
+    *,
+    metadata: Metadata | None = None,
+    digests: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Write ``<stem>.safetensors``, or several shards and their index in the layout of Hugging Face.
+
+    As :func:`write_safetensors`, durable. An old checkpoint of this stem is replaced in whichever of the two forms it
+    is: single file by single file in one step, otherwise it is removed just before the new one takes its place.
+
+    Args:
+        shards: the weights of each file; with one, there is no index.
+        metadata: of each file.
+        digests: True to put a digest of every weight into the header; see :mod:`pylomin.store.digests`.
+        progress: called with bytes written and bytes in all.
+
+    Returns:
+        The path of the single file, or of the index.
+
+    Raises:
+        OutputExistsError: such a checkpoint, or one of the files to write, exists.
+        StoreWriteError: no space or no permission, naming directory, needed and free bytes.
+        StoreFormatError, WeightMismatchError: as :func:`write_safetensors`.
+    """
+    count = len(shards)
+    names = [f"{stem}-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)] if count > 1 else [stem + SUFFIX]
+    files = [_File(name, weights, metadata, digests) for name, weights in zip(names, shards, strict=True)]
+    if count > 1:
+        names.append(stem + INDEX_SUFFIX)
+    target = _Target(directory, (stem + INDEX_SUFFIX, stem + SUFFIX, *names[:-1]), overwrite, stem)
+    index = [(names[-1], _index(files))] if count > 1 else []
+    _write(target, files, index, durable=True, error_class=StoreWriteError, progress=progress)
+    return os.path.join(directory, names[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What is written to, and what may be in its place already."""
+
+    directory: str
+    names: tuple[str, ...]  # that must be free, or are replaced; what makes an old checkpoint one comes first
+    overwrite: bool
+    stem: str | None = None  # of a checkpoint that may have shards
+
+    def check(self) -> None:
+        for name in self.names:
+            path = os.path.join(self.directory, name)
+            if os.path.lexists(path) and (not self.overwrite or os.path.isdir(path)):
+                raise OutputExistsError(
+                    f"{path!r} already exists. Choose another name, or pass overwrite=True to replace a file."
+                )
+
+    def old_files(self) -> list[str]:
+        """Those of ``names`` that are there, and the shards of an old index."""
+        found = [name for name in self.names if os.path.lexists(os.path.join(self.directory, name))]
+        if self.stem is None:
+            return found
+        return found + [name for name in self._old_shards(self.stem) if name not in found]
+
+    def _old_shards(self, stem: str) -> list[str]:
+        """Only such as this library would have written: never a path, never a file of another name."""
+        try:
+            with open(os.path.join(self.directory, stem + INDEX_SUFFIX), "rb") as file:
+                listed = set(json.load(file)["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return []
+        pattern = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}" + re.escape(SUFFIX))
+        return sorted(name for name in listed if isinstance(name, str) and pattern.fullmatch(name))
+
+
+class _File:
+    """One safetensors file to write."""
+
+    def __init__(
+        self, name: str, weights: Sequence[WeightToWrite], metadata: Metadata | None, digests: bool = False
+    ) -> None:
+        self.name = name
+        self.weights = weights
+        self._metadata = metadata
+        self._layout = [(weight.name, weight.dtype, weight.shape) for weight in weights]
+        self.digests = {weight.name: EMPTY_DIGEST for weight in weights} if digests else None
+        self._layout_digest = layout_digest(self._layout)
+        self.header = self._build_header()
+        self.nbytes = len(self.header) + sum(weight.nbytes for weight in weights)
+
+    def _build_header(self) -> bytes:
+        metadata = dict(self._metadata([name for name, _, _ in self._layout])) if self._metadata else {}
+        if self.digests is not None:
+            metadata[DIGESTS_KEY] = format_digests(self._layout_digest, self.digests)
+        return build_header(self._layout, metadata)
+
+    def final_header(self) -> bytes:
+        """With all that is known now, in as many bytes as the first one."""
+        header = self._build_header()
+        missing = len(self.header) - len(header)
+        if missing < 0:
+            raise StoreFormatError(f"the metadata of {self.name!r} grew by {-missing} bytes while it was written.")
+        length = len(header) - PREFIX_BYTES + missing
+        return length.to_bytes(PREFIX_BYTES, "little") + header[PREFIX_BYTES:] + b" " * missing
+
+
+def _index(files: Sequence[_File]) -> bytes:
+    weight_map = {weight.name: file.name for file in files for weight in file.weights}
+    if len(weight_map) < sum(len(file.weights) for file in files):
+        raise StoreFormatError("a weight name is given twice, in different shards. Rename the weight.")
+    total_bytes = sum(weight.nbytes for file in files for weight in file.weights)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _write(
+    target: _Target,
+    files: Sequence[_File],
+    others: Sequence[tuple[str, bytes]],
+    *,
+    durable: bool,
+    error_class: type[StoreWriteError],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    total_bytes = sum(file.nbytes for file in files) + sum(len(content) for _, content in others)
+    disk = _Disk(target.directory, total_bytes, error_class, progress)
+    target.check()
+    with disk.errors():
+        staging = Staging(target.directory, target.stem or target.names[0])
     try:
-        output.open()
-        output.append(memoryview(header))
-        for weight in weights:
-            output.append(_bytes_of(weight))
-        output.finish(durable)
-        _check_absent(target, overwrite)
-        output.rename(target)
-    except BaseException:
-        output.discard()
-        raise
-    if durable:
-        output.sync_directory()
+        target.check()  # again: a killed writer may have left what is gone now
+        check_room(target.directory, total_bytes, error_class)
+        with ThreadPoolExecutor(1, thread_name_prefix="pylomin-digests") as hashing:
+            for file in files:
+                with disk.create(os.path.join(staging.path, file.name), durable) as output:
+                    _write_weights(file, output, hashing)
+        for name, content in others:
+            with disk.create(os.path.join(staging.path, name), durable) as output:
+                output.append(memoryview(content))
+        names = [file.name for file in files] + [name for name, _ in others]
+        with disk.errors():
+            staging.publish(names, check=target.check, replaced=target.old_files, durable=durable)
+    finally:
+        staging.discard()
 
 
-class _Output:
-    """The temporary file; every OSError of its own becomes a ScratchError."""
+def _write_weights(file: _File, output: _Output, hashing: Executor) -> None:
+    output.append(memoryview(file.header))
+    for weight in file.weights:
+        digest = new_digest() if file.digests is not None else None
+        for piece in weight.pieces():
+            view = byte_view(contiguous_cpu(piece, weight.name))
+            if digest is None:
+                output.append(view)
+            elif len(view) < _MIN_PARALLEL_BYTES:
+                digest.update(view)
+                output.append(view)
+            else:
+                hashed = hashing.submit(digest.update, view)
+                output.append(view)
+                hashed.result()
+            del piece, view
+        if file.digests is not None and digest is not None:
+            file.digests[weight.name] = digest.hexdigest()
+    header = file.final_header()
+    if header != file.header:
+        output.rewrite_start(memoryview(header))
 
-    def __init__(self, path: str, directory: str, total_bytes: int) -> None:
-        self._path = path
-        self._directory = directory
-        self._total_bytes = total_bytes
-        self._fd: int | None = None
-        self._position = 0
 
-    def open(self) -> None:
-        # Not tempfile: its files are private to the user, and this one follows the umask.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with self._scratch_errors():
-            self._fd = os.open(self._path, flags, 0o666)
+@dataclass(slots=True)
+class _Disk:
+    """Files in one directory; every OSError of their own becomes one of ours."""
 
-    def append(self, view: memoryview) -> None:
-        assert self._fd is not None
-        with self._scratch_errors():
-            write_at(self._fd, self._position, view)
-        self._position += len(view)
-
-    def finish(self, durable: bool) -> None:
-        assert self._fd is not None
-        with self._scratch_errors():
-            if durable:
-                os.fsync(self._fd)
-            fd, self._fd = self._fd, None
-            # Network file systems may report a full disk only here.
-            os.close(fd)
-
-    def rename(self, target: str) -> None:
-        with self._scratch_errors():
-            os.replace(self._path, target)
-
-    def discard(self) -> None:
-        # The failure that led here matters more than one in clearing up after it.
-        if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
-
-    def sync_directory(self) -> None:
-        with self._scratch_errors():
-            fd = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                # Some file systems have no such thing as syncing a directory.
-                if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-                    raise
-            finally:
-                os.close(fd)
+    directory: str
+    total_bytes: int
+    error_class: type[StoreWriteError]
+    progress: Callable[[int, int], None] | None = None
+    written_bytes: int = field(default=0, init=False)
 
     @contextlib.contextmanager
-    def _scratch_errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
         try:
             yield
+        except OutputExistsError:
+            raise
         except OSError as error:
-            raise disk_error(error, self._directory, self._total_bytes) from error
+            raise disk_error(error, self.directory, self.total_bytes, self.error_class) from error
+
+    @contextlib.contextmanager
+    def create(self, path: str, durable: bool) -> Iterator[_Output]:
+        # Not tempfile: its files are private to the user, and this one follows the umask.
+        with self.errors():
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            yield _Output(fd, self)
+            if durable:
+                with self.errors():
+                    os.fsync(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+            raise
+        with self.errors():
+            os.close(fd)  # network file systems may report a full disk only here
 
 
-def _check_absent(target: str, overwrite: bool) -> None:
-    if os.path.lexists(target) and (not overwrite or os.path.isdir(target)):
-        raise OutputExistsError(
-            f"{target!r} already exists. Choose another name, or pass overwrite=True to replace a file."
-        )
+@dataclass(slots=True)
+class _Output:
+    """One file that grows."""
 
+    fd: int
+    disk: _Disk
+    position: int = 0
 
-def _bytes_of(weight: WeightToWrite) -> memoryview:
-    tensor = weight.get_tensor()
-    if tensor.dtype != weight.dtype or tuple(tensor.shape) != tuple(weight.shape):
-        raise WeightMismatchError(
-            f"weight {weight.name!r} was to be written with dtype {weight.dtype} and shape "
-            f"{tuple(weight.shape)}; the tensor has {tensor.dtype} and {tuple(tensor.shape)}."
-        )
-    return byte_view(contiguous_cpu(tensor, weight.name))
+    def append(self, view: memoryview) -> None:
+        with self.disk.errors():
+            write_at(self.fd, self.position, view)
+        self.position += len(view)
+        self.disk.written_bytes += len(view)
+        if self.disk.progress is not None:
+            self.disk.progress(self.disk.written_bytes, self.disk.total_bytes)
+
+    def rewrite_start(self, view: memoryview) -> None:
+        with self.disk.errors():
+            write_at(self.fd, 0, view)

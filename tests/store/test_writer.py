@@ -257,8 +257,12 @@ class TestFailures:
         assert_untouched(target, before)
 
     def test_not_permitted(self, target, monkeypatch):
-        def refuse(*args):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        open_ = os.open
+
+        def refuse(path, flags, *args, **kwargs):
+            if flags & os.O_CREAT:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return open_(path, flags, *args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", refuse)

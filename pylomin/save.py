@@ -1,0 +1,235 @@
+"""``save_store`` and ``save_model``: writers that never hold more than one tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from pylomin.errors import PassError, StoreFormatError
+from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.residency.limits import parse_bytes
+from pylomin.store.base import WeightStore
+from pylomin.store.digests import DIGESTS_KEY
+from pylomin.store.dtypes import STORED_DTYPES
+from pylomin.store.open import open_store
+from pylomin.store.pieces import read_pieces, slices_of
+from pylomin.store.progress import Progress
+from pylomin.store.safetensors import SafetensorsStore
+from pylomin.store.saving import Cast, SaveOptions, save_weights
+from pylomin.store.sharded import ShardedStore
+from pylomin.store.writer import WeightToWrite
+
+
+class HasOrder(Protocol):
+    """A plan, for one."""
+
+    @property
+    def order(self) -> Iterable[str]:
+        """Names of weights in the order of their use."""
+        ...
+
+
+def save_store(
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    filter: Callable[[str], bool] | None = None,
+    max_shard_size: int | str | None = None,
+    order: Iterable[str] | HasOrder | None = None,
+    digests: bool = True,
+    progress: Progress = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write weights as safetensors: another format, dtype, order or number of files. A piece is in memory at a time.
+
+    The files grow in a hidden directory beside the target and are renamed when all is there and on disk: the target is
+    complete or absent, whatever happens. What a killed process left behind, the next one that writes the same target
+    removes. Reading from the file that is written over works: who has it open keeps the old bytes.
+
+    Args:
+        source: anything that :func:`pylomin.open_store` takes.
+        path: a file ``<name>.safetensors``, or a directory for ``model.safetensors``, which is created.
+        dtype: convert the weights of 16 to 64 bits floating point to this dtype. Default: as they are.
+        filter: called with each name; False leaves that weight out.
+        max_shard_size: most bytes in a file (int, or a string such as ``"5GB"``). Where there are more, write
+            ``<name>-00001-of-0000N.safetensors`` and ``<name>.safetensors.index.json``, in the layout of Hugging Face.
+            A weight that is larger has a file of its own.
+        order: names in the order in which weights are used, or an object that has them as ``order``: they come first
+            and lie next to each other, so that one read gets what is used together. Default: the order of ``source``.
+        digests: True to keep a SHA-256 of each weight in the header, for :func:`pylomin.verify`.
+        progress: True for a progress bar (needs rich), False for none, or a function that is called with bytes
+            written and bytes in all. Default: a bar if rich is installed and stderr is a terminal.
+        overwrite: True to replace a checkpoint of that name.
+
+    Returns:
+        The path to open: of the file, or of the index where there are several.
+
+    Raises:
+        OutputExistsError: there is such a checkpoint already.
+        StoreWriteError: no space or no permission. Nothing is left behind.
+        StoreReadError, StoreFormatError: ``source`` cannot be read, or safetensors cannot hold a weight of it.
+        WeightNotFoundError: ``order`` has a name that ``source`` does not have.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_store({"w": torch.ones(2)}, directory, dtype=torch.bfloat16).name
+    'model.safetensors'
+    """
+    options = _options(dtype, max_shard_size, order, digests, progress, overwrite)
+    store = open_store(source)
+    try:
+        weights = [_stored(store, name) for name in store if filter is None or filter(name)]
+        return save_weights(weights, path, options, metadata=_metadata_of(store), aliases={}, where=_describe(store))
+    finally:
+        if store is not source:
+            store.close()
+
+
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    filter: Callable[[str], bool] | None = None,
+    max_shard_size: int | str | None = None,
+    order: Iterable[str] | HasOrder | None = None,
+    digests: bool = True,
+    progress: Progress = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the state dict of a model as safetensors; offloaded weights are read a piece at a time.
+
+    A weight with several names is written once, under the first of them in the state dict; the header notes the others
+    as ``{other name: first name}``, as ``safetensors.torch.save_model`` does. Buffers are written as the state dict has
+    them: not those that are not persistent. The file may be the very one that the model streams from.
+
+    Args:
+        model: offloaded, in part or as a whole, or an ordinary model.
+        path, dtype, max_shard_size, digests, progress, overwrite: as in :func:`save_store`.
+        filter: called with each name; False leaves that name out.
+        order: as in :func:`save_store`; any name of a weight will do.
+
+    Returns:
+        The path to open, for instance with :func:`pylomin.load`.
+
+    Raises:
+        StoreFormatError: the state dict holds something that safetensors cannot.
+        OutputExistsError, StoreWriteError, StoreReadError, WeightNotFoundError: as :func:`save_store`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     sorted(open_store(save_model(nn.Linear(2, 1), directory)))
+    ['bias', 'weight']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module as the first argument, found {type(model).__name__}.")
+    options = _options(dtype, max_shard_size, order, digests, progress, overwrite)
+    weights, aliases = _of_model(model, filter)
+    metadata = {**aliases, "format": "pt"}
+    where = f"the state dict of {type(model).__name__}"
+    return save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
+
+
+def _options(
+    dtype: torch.dtype | None,
+    max_shard_size: int | str | None,
+    order: Iterable[str] | HasOrder | None,
+    digests: bool,
+    progress: Progress,
+    overwrite: bool,
+) -> SaveOptions:
+    if dtype is not None and not (dtype.is_floating_point and dtype in STORED_DTYPES):
+        raise PassError(f"dtype is {dtype}; expected a floating-point dtype such as torch.bfloat16.")
+    names = order if order is None or isinstance(order, Iterable) else order.order
+    if isinstance(names, str):
+        raise PassError(f"order is {names!r}; expected a list of names of weights, in the order of their use.")
+    return SaveOptions(
+        encoder=None if dtype is None else Cast(dtype),
+        max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size, what="max_shard_size"),
+        order=tuple(names or ()),
+        digests=digests,
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+# -- where the values come from -----------------------------------------------------------------------------------
+
+
+def _stored(store: WeightStore, name: str) -> WeightToWrite:
+    info = store.info(name)
+    return WeightToWrite(name, info.dtype, info.shape, partial(read_pieces, store, name))
+
+
+def _metadata_of(store: WeightStore) -> dict[str, str]:
+    """What the files of ``store`` say of themselves, but for the digests, which are computed anew."""
+    files = store.shards if isinstance(store, ShardedStore) else [store] if isinstance(store, SafetensorsStore) else []
+    metadata = {key: value for file in files for key, value in file.metadata.items() if key != DIGESTS_KEY}
+    return metadata or {"format": "pt"}
+
+
+def _describe(store: WeightStore) -> str:
+    return next((repr(store.describe(name)) for name in store), "an empty store")
+
+
+def _of_model(model: nn.Module, filter: Callable[[str], bool] | None) -> tuple[list[WeightToWrite], dict[str, str]]:
+    """Each weight once, and the other names of those that have several."""
+    first: dict[object, str] = {}
+    weights: list[WeightToWrite] = []
+    aliases: dict[str, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if filter is not None and not filter(name):
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise StoreFormatError(
+                f"{name!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only. Leave it "
+                f"out: filter=lambda name: name != {name!r}."
+            )
+        known = first.setdefault(_identity(value), name)
+        if known == name:
+            weights.append(WeightToWrite(name, value.dtype, tuple(value.shape), partial(_values, value)))
+        else:
+            aliases[name] = known
+    return weights, aliases
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for tensors that are the same memory, or the same offloaded weight, seen in the same way."""
+    geometry = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    if isinstance(tensor, OffloadedTensor):
+        return (id(tensor.weight), *geometry)
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or not tensor.numel():
+        return id(tensor)  # all tensors without data have the same address
+    return (tensor.device, tensor.untyped_storage().data_ptr(), *geometry)
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor | Iterator[torch.Tensor]:
+    if isinstance(tensor, OffloadedTensor):
+        return _offloaded_pieces(tensor) or tensor.materialize()
+    is_plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+    return slices_of(tensor.detach()) if is_plain and tensor.is_contiguous() else tensor
+
+
+def _offloaded_pieces(tensor: OffloadedTensor) -> Iterator[torch.Tensor] | None:
+    """Straight from the store, so that no resident weight has to make room; None where that is not the whole truth."""
+    weight = tensor.weight
+    source, conversions = weight.source, weight.conversions
+    is_as_stored = weight.tensor is None and weight.keeps_order and source.layout.is_contiguous
+    if not is_as_stored or not tensor.is_whole:
+        return None
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for piece in read_pieces(source.store, source.name):
+            values = piece.view(source.layout.dtype)
+            for layout in conversions:
+                values = values.to(layout.dtype)
+            yield values
+
+    return pieces()
