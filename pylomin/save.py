@@ -131,7 +131,7 @@ def save_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as the first argument, found {type(model).__name__}.")
     options = _options(dtype, max_shard_size, order, digests, progress, overwrite)
-    weights, aliases = _of_model(model, filter)
+    weights, aliases = weights_of(model.state_dict(keep_vars=True), filter)
     metadata = {**aliases, "format": "pt"}
     where = f"the state dict of {type(model).__name__}"
     return save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
@@ -179,12 +179,18 @@ def _describe(store: WeightStore) -> str:
     return next((repr(store.describe(name)) for name in store), "an empty store")
 
 
-def _of_model(model: nn.Module, filter: Callable[[str], bool] | None) -> tuple[list[WeightToWrite], dict[str, str]]:
-    """Each weight once, and the other names of those that have several."""
+def weights_of(
+    state: Mapping[str, object], filter: Callable[[str], bool] | None = None, *, tied: bool = True
+) -> tuple[list[WeightToWrite], dict[str, str]]:
+    """The weights of a state dict, and the other names of those that have several; with ``tied``, each weight once.
+
+    Raises:
+        StoreFormatError: a value is no tensor.
+    """
     first: dict[object, str] = {}
     weights: list[WeightToWrite] = []
     aliases: dict[str, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in state.items():
         if filter is not None and not filter(name):
             continue
         if not isinstance(value, torch.Tensor):
@@ -192,7 +198,7 @@ def _of_model(model: nn.Module, filter: Callable[[str], bool] | None) -> tuple[l
                 f"{name!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only. Leave it "
                 f"out: filter=lambda name: name != {name!r}."
             )
-        known = first.setdefault(_identity(value), name)
+        known = first.setdefault(_identity(value), name) if tied else name
         if known == name:
             weights.append(WeightToWrite(name, value.dtype, tuple(value.shape), partial(_values, value)))
         else:

@@ -13,6 +13,7 @@ import torch
 from pylomin.errors import StoreFormatError, StoreReadError
 from pylomin.store.base import WeightStore
 from pylomin.store.memory import MemoryStore
+from pylomin.store.quantized import open_packed
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.sharded import ShardedStore
 
@@ -30,8 +31,8 @@ class FileFormat:
 
 # In the order of preference within a directory: an index comes before the shards it lists.
 FILE_FORMATS: tuple[FileFormat, ...] = (
-    FileFormat("*.index.json", "*.safetensors.index.json", ShardedStore),
-    FileFormat("*.safetensors", "*.safetensors", SafetensorsStore),
+    FileFormat("*.index.json", "*.safetensors.index.json", lambda path: open_packed(ShardedStore(path))),
+    FileFormat("*.safetensors", "*.safetensors", lambda path: open_packed(SafetensorsStore(path))),
 )
 
 
