@@ -3,8 +3,13 @@
 ``model = pylomin.lazy_loading(model)`` keeps the weights of any ``nn.Module`` on disk but while they are used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pylomin.errors import (
     BudgetError,
+    CheckpointError,
+    MissingPackageError,
     OffloadedWriteError,
     OutputExistsError,
     PassError,
@@ -27,12 +32,39 @@ from pylomin.passes.restore import restore
 from pylomin.residency.stats import Stats
 from pylomin.save import save_model, save_store
 from pylomin.store.open import open_store
+from pylomin.store.quantization_report import quantization_report
 from pylomin.store.verify import VerifyReport, verify
+
+if TYPE_CHECKING:
+    from pylomin.checkpoint.checkpoint import Checkpoint, build_checkpoint, restore_checkpoint
+    from pylomin.checkpoint.directory import load_checkpoint, save_checkpoint
+    from pylomin.checkpoint.series import checkpoints, find_checkpoints
 
 __version__ = "0.1.0"
 
+# Imported when they are first used, for most programs use none of them.
+_LAZY = {
+    "Checkpoint": "pylomin.checkpoint.checkpoint",
+    "build_checkpoint": "pylomin.checkpoint.checkpoint",
+    "checkpoints": "pylomin.checkpoint.series",
+    "find_checkpoints": "pylomin.checkpoint.series",
+    "load_checkpoint": "pylomin.checkpoint.directory",
+    "restore_checkpoint": "pylomin.checkpoint.checkpoint",
+    "save_checkpoint": "pylomin.checkpoint.directory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
 __all__ = [
     "BudgetError",
+    "Checkpoint",
+    "CheckpointError",
+    "MissingPackageError",
     "OffloadedWriteError",
     "OutputExistsError",
     "PassError",
@@ -47,13 +79,20 @@ __all__ = [
     "VerifyReport",
     "WeightMismatchError",
     "WeightNotFoundError",
+    "build_checkpoint",
+    "checkpoints",
     "chunked_embedding",
+    "find_checkpoints",
     "lazy_loading",
     "load",
+    "load_checkpoint",
     "open_store",
     "peak_memory",
     "prefetch",
+    "quantization_report",
     "restore",
+    "restore_checkpoint",
+    "save_checkpoint",
     "save_model",
     "save_store",
     "stats",

@@ -238,9 +238,10 @@ def _write_files(encoded: EncodedCheckpoint, staged: str, target: str, save_as: 
     try:
         for name, tensors in zip(FILES, (encoded.weights, encoded.state), strict=True):
             is_model = name == MODEL_FILE
+            # The default filter takes large matrices, and those of an optimizer must be asked for.
+            quantize = save_as.quantize if is_model or save_as.filter is not None else None
             encoder = QuantizingEncoder(
-                # The default filter is for weights: large matrices, but not those of an optimizer.
-                chooser(save_as.quantize, save_as.filter) if is_model or save_as.filter is not None else chooser(None, None),
+                chooser(quantize, save_as.filter),
                 tensors.keys(),
                 group_size=save_as.group_size,
                 max_error=save_as.max_error,

@@ -50,7 +50,9 @@ def encode_checkpoint(checkpoint: Checkpoint) -> EncodedCheckpoint:
     return EncodedCheckpoint(sections, {weight.name: storable[weight.name] for weight in weights}, encoder.tensors)
 
 
-def decode_section(sections: dict[str, Any], section: str, get_weight: GetTensor, get_tensor: GetTensor, where: str) -> Any:
+def decode_section(
+    sections: dict[str, Any], section: str, get_weight: GetTensor, get_tensor: GetTensor, where: str
+) -> Any:
     """The inverse for one section. Raises StoreFormatError; ``where`` begins the message."""
     where = f"section {section!r} of {where}"
     value = sections.get(section)

@@ -31,9 +31,13 @@ _SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
     "frozenset": frozenset,
     "size": torch.Size,
 }
-_SEQUENCE_NAMES = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "size"}
-_MAPPINGS: dict[str, Callable[[Any], Any]] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": lambda x: Counter(dict(x))}
-_MAPPING_NAMES = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
+_SEQUENCE_NAMES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", torch.Size: "size"}
+_MAPPINGS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "Counter": lambda pairs: Counter(dict(pairs)),
+}
+_MAPPING_NAMES: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter"}
 
 
 class Encoder:
@@ -209,7 +213,7 @@ class _Decoder:
             found = vars(found).get(part) if found is not None else None
         if not isinstance(found, enum.EnumMeta):
             raise ValueError(f"import {module} before, which defines it")
-        return found[name]  # type: ignore[no-any-return]
+        return found[name]
 
     def _fail(self, value: Json, problem: str) -> NoReturn:
         raise StoreFormatError(f"{self._where} has {shorten(value)}, which stands for no value: {problem}.")

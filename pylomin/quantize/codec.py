@@ -138,9 +138,7 @@ def exceeds(scheme: str, rms_error: float) -> str:
 def as_matrices(packing: Packing, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The parts with the rows of ``packing.matrix_shape``."""
     rows = packing.matrix_shape[0]
-    return tuple(
-        part.reshape(rows, columns) for part, (_, columns) in zip(parts, packing.part_rows(), strict=True)
-    )
+    return tuple(part.reshape(rows, columns) for part, (_, columns) in zip(parts, packing.part_rows(), strict=True))
 
 
 def _encode(tensor: torch.Tensor, packing: Packing) -> tuple[tuple[torch.Tensor, ...], ErrorSum]:

@@ -23,7 +23,7 @@ FULL = "full"  # as it is
 FINER = {"int4": "int8", "int8-row": "int8", "int8": "bf16", "f16": FULL, "bf16": FULL}
 
 
-class NotEncodable(Exception):  # noqa: N818  # an answer, not an error: the weight stays in full precision
+class NotEncodable(Exception):  # an answer, not an error: the weight stays in full precision
     """A scheme cannot hold these values; the message says why."""
 
 
@@ -158,6 +158,7 @@ class Packing:
         target = out
         if add:
             target = torch.empty_like(out, dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
-        dequantize(*parts, self._columns_per_scale, _BITS[self.scheme], target)
+        codes, scales = parts
+        dequantize(codes, scales, self._columns_per_scale, _BITS[self.scheme], target)
         if add:
             out.add_(target)

@@ -11,7 +11,7 @@ import torch
 from pylomin.errors import CheckpointError, StoreFormatError, StoreReadError
 from pylomin.quantize.lossless import BLOCK_BYTES, restore
 from pylomin.quantize.packing import CHUNK_BYTES, FULL, Packing
-from pylomin.store.base import ReadRequest, WeightInfo, WeightStore
+from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.digests import DIGESTS_KEY, new_digest, parse_digests
 from pylomin.store.dtypes import nbytes_of
 from pylomin.store.extents import StoredWeight

@@ -36,7 +36,7 @@ from pylomin.store.writer import WeightToWrite
 T = TypeVar("T")
 
 
-class Rejected(Exception):  # noqa: N818  # an answer, not an error
+class Rejected(Exception):  # an answer, not an error
     """Schemes turned out not to suit their weights while these were written; write again with finer ones."""
 
 
@@ -196,7 +196,7 @@ class QuantizingEncoder:
     def _compress(self, weight: WeightToWrite) -> tuple[tuple[int, ...], Callable[[], Iterator[torch.Tensor]]]:
         """The sizes of the blocks of an exact difference, and the blocks."""
         if self._scratch is None:
-            self._scratch = tempfile.TemporaryFile(dir=self._scratch_directory)
+            self._scratch = tempfile.TemporaryFile(dir=self._scratch_directory)  # noqa: SIM115  # see `close`
         file, begin, sizes = self._scratch, self._scratch.seek(0, os.SEEK_END), []
         itemsize, done_bytes = weight.dtype.itemsize, 0
         for chunk in row_chunks(read_ahead(weight), 1, BLOCK_BYTES // itemsize):
