@@ -41,7 +41,9 @@ def restore(block: memoryview, values: torch.Tensor) -> bool:
     """
     nbytes = math.prod(values.shape)
     try:
-        raw = _zstandard().ZstdDecompressor().decompress(block, max_output_size=nbytes)
+        if _zstandard().frame_content_size(block) != nbytes:  # checked before memory is allocated
+            return False
+        raw = _zstandard().ZstdDecompressor().decompress(block)
     except _zstandard().ZstdError:
         return False
     if len(raw) != nbytes:
