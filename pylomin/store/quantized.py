@@ -80,8 +80,9 @@ class QuantizedStore:
         for shard in file.shards if isinstance(file, ShardedStore) else (file,):
             if QUANTIZED_KEY in shard.metadata:
                 packed, reference = parse_packed(shard.metadata[QUANTIZED_KEY], shard.path)
-                # An index may list only some of what a shard holds.
-                self._packed |= {name: p for name, p in packed.items() if p.scheme == SAME or name in file}
+                if isinstance(file, ShardedStore):  # whose index may leave out some of what a shard holds
+                    packed = {name: entry for name, entry in packed.items() if entry.scheme == SAME or name in file}
+                self._packed |= packed
             if DIGESTS_KEY in shard.metadata:
                 self._digests |= parse_digests(shard.metadata[DIGESTS_KEY], shard.path)[1]
         self._infos = self._check_parts()

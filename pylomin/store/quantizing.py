@@ -170,14 +170,10 @@ class QuantizingEncoder:
         scheme = self._choose(weight.name, WeightInfo(weight.dtype, weight.shape, weight.nbytes))
         if scheme is None or self._lossless:
             return []
-        found = []
-        for candidate in candidates(scheme):
-            packing = Packing(candidate, weight.dtype, weight.shape, self._group_size)
-            # A model may have a weight of its own that is called as the scales would be.
-            is_free = all(weight.name + part.suffix not in self._names for part in packing.parts[1:])
-            if is_smaller(packing) and is_free:
-                found.append(candidate)
-        return found
+        packings = [Packing(name, weight.dtype, weight.shape, self._group_size) for name in candidates(scheme)]
+        if f"{weight.name}_scale" in self._names:  # a weight of the model's own is called as the scales would be
+            packings = [packing for packing in packings if not packing.has_scales]
+        return [packing.scheme for packing in packings if is_smaller(packing)]
 
     # -- the reference ------------------------------------------------------------------------------------------------
 
