@@ -57,7 +57,7 @@ class Encoder:
             CheckpointError: naming the path of something that has no JSON.
         """
         kind = type(value)
-        if value is None or kind in (bool, str):
+        if value is None or kind is bool or (kind is str and _is_text(value)):
             return value
         if kind is int:
             return value if -_MAX_PLAIN_INT < value < _MAX_PLAIN_INT else {"int": hex(value)}
@@ -217,6 +217,13 @@ class _Decoder:
 
     def _fail(self, value: Json, problem: str) -> NoReturn:
         raise StoreFormatError(f"{self._where} has {shorten(value)}, which stands for no value: {problem}.")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:  # half a surrogate pair, which no file can hold
+        return False
 
 
 def _dtype(name: str) -> torch.dtype:
