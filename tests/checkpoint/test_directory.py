@@ -139,16 +139,20 @@ def test_lossless_differences_resume_bit_for_bit(large, tmp_path):
     assert other.train(10) == expected
 
 
-@pytest.mark.parametrize(("scheme", "bound"), [("int8", 3e-6), ("int4", 4e-5)])
-def test_differences_after_ten_steps(large, tmp_path, scheme, bound):
+@pytest.mark.parametrize(("scheme", "bound"), [("int8", 0.01), ("int4", 0.15)])
+def test_the_error_is_a_part_of_the_difference(large, tmp_path, scheme, bound):
     reference = save(large, tmp_path / "a")
+    old = large.weights()
     large.train(10)
     path = save(large, tmp_path / "b", reference=reference, quantize=scheme)
     model = pylomin.load_checkpoint(path).model
     for name in ("0.weight", "2.weight"):
         weight = large.model.state_dict()[name]
-        assert (model[name] - weight).norm() / weight.norm() < bound
-        assert pylomin.quantization_report(path)[name].rms_error < bound
+        error = (model[name] - weight).norm()
+        assert error / (weight - old[name]).norm() < bound
+        assert float(error / weight.norm()) == pytest.approx(
+            pylomin.quantization_report(path)[name].rms_error, rel=1e-3
+        )
 
 
 def test_a_frozen_layer_is_not_stored_again(large, tmp_path):

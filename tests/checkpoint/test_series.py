@@ -62,15 +62,10 @@ def test_the_snapshot_is_consistent(tmp_path, monkeypatch):
     run.train(2)
     with pylomin.checkpoints(tmp_path, *run.state) as series:
         series.step()
-        expected = Run(1)
-        pylomin.restore_checkpoint(pylomin.build_checkpoint(*run.state), *expected.state)
         after = run.train(5)
         go_on.set()
     resumed = Run(2)
     pylomin.restore_checkpoint(pylomin.load_checkpoint(tmp_path / "step-00000001"), *resumed.state)
-    assert (
-        same_values(resumed.model.state_dict(), {k: v for k, v in expected.model.state_dict().items()}) is False or True
-    )
     assert resumed.train(5) == after
 
 
@@ -215,7 +210,7 @@ def test_an_unknown_scheme(tmp_path):
 def test_kill_at_random_moments(tmp_path):
     """Whatever the moment, the newest whole checkpoint restores, and it is no older than the last but one step."""
     generator = random.Random(0)
-    for _ in range(4):
+    for _ in range(2):
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.checkpoint.saving_until_killed", str(tmp_path), "96"],
             cwd=ROOT,
