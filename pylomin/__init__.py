@@ -38,7 +38,9 @@ from pylomin.store.verify import VerifyReport, verify
 if TYPE_CHECKING:
     from pylomin.checkpoint.checkpoint import Checkpoint, build_checkpoint, restore_checkpoint
     from pylomin.checkpoint.directory import load_checkpoint, save_checkpoint
+    from pylomin.checkpoint.lightning import lightning_callback
     from pylomin.checkpoint.series import checkpoints, find_checkpoints
+    from pylomin.checkpoint.trainer import trainer_callback
 
 __version__ = "0.1.0"
 
@@ -48,9 +50,11 @@ _LAZY = {
     "build_checkpoint": "pylomin.checkpoint.checkpoint",
     "checkpoints": "pylomin.checkpoint.series",
     "find_checkpoints": "pylomin.checkpoint.series",
+    "lightning_callback": "pylomin.checkpoint.lightning",
     "load_checkpoint": "pylomin.checkpoint.directory",
     "restore_checkpoint": "pylomin.checkpoint.checkpoint",
     "save_checkpoint": "pylomin.checkpoint.directory",
+    "trainer_callback": "pylomin.checkpoint.trainer",
 }
 
 
@@ -84,6 +88,7 @@ __all__ = [
     "chunked_embedding",
     "find_checkpoints",
     "lazy_loading",
+    "lightning_callback",
     "load",
     "load_checkpoint",
     "open_store",
@@ -96,5 +101,6 @@ __all__ = [
     "save_model",
     "save_store",
     "stats",
+    "trainer_callback",
     "verify",
 ]
