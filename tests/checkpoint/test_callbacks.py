@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pylomin
+from examples import training_resume
 from pylomin.errors import MissingPackageError
 
 
@@ -97,7 +98,6 @@ def train_with_lightning(directory: Path, max_steps: int) -> nn.Module:
 
 
 def test_lightning(tmp_path):
-    pytest.importorskip("lightning")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train_with_lightning(tmp_path, 5)
@@ -108,6 +108,14 @@ def test_lightning(tmp_path):
     assert checkpoint.optimizer[0]["state"][0]["step"] == 6
     assert len(checkpoint.scheduler) == 1
     assert torch.equal(checkpoint.model["model.layer.weight"], module.model.layer.weight)
+
+
+def test_the_example_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
+    expected = training_resume.train(str(tmp_path / "whole"), 110)
+    (tmp_path / "halves").mkdir()
+    pylomin.find_checkpoints(tmp_path / "whole")[0].rename(tmp_path / "halves" / "step-00000050")
+    assert training_resume.train(str(tmp_path / "halves"), 110) == expected
+    assert "resumed from step 50" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
