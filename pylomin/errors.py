@@ -65,6 +65,10 @@ class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 
 
+class CheckpointError(PylominError, ValueError):
+    """A training checkpoint is malformed, does not fit what it is restored into, or lacks its reference."""
+
+
 class MissingPackageError(PylominError, ImportError):
     """A package that this function needs, and pylomin itself does not, is missing or too old."""
 

@@ -17,6 +17,8 @@ from pylomin.store.file_formats import SUPPORTED, open_file
 from pylomin.store.memory import MemoryStore
 from pylomin.store.npy import NpyStore
 from pylomin.store.numpy_arrays import MemmapStore, are_mapped, as_tensor, is_array
+from pylomin.store.quantized import open_packed
+from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.sharded import WEIGHT_MAP, ShardedStore, read_index
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | WeightsFunction | WeightStore
@@ -83,8 +85,10 @@ def open_store(source: Source, *, weights_mapping_key: str | None = None) -> Wei
             return NpyStore(path)
         path = found
     if fnmatchcase(os.path.basename(path), _INDEX) or weights_mapping_key is not None:
-        return _open_index(path, weights_mapping_key)
-    return open_file(path)
+        store = _open_index(path, weights_mapping_key)
+    else:
+        store = open_file(path)
+    return open_packed(store) if isinstance(store, (SafetensorsStore, ShardedStore)) else store
 
 
 def _open_mapping(source: Mapping[str, Any]) -> WeightStore:
