@@ -269,8 +269,8 @@ def _wrapper(mapping: Mapping[Any, Any], path: str) -> str | None:
     candidates = [name for name, value in mapping.items() if isinstance(name, str) and _holds_tensors(value)]
     if len(candidates) > 1:
         raise StoreFormatError(
-            f"torch file {path!r} has tensors under {len(candidates)} keys: {_keys(candidates)}. Choose one: "
-            f"TorchZipStore(path, state_dict_key={candidates[0]!r})."
+            f"torch file {path!r} has tensors under {len(candidates)} keys: {_keys(candidates)}. Choose one "
+            f"with state_dict_key={shorten(candidates[0])} of TorchZipStore or TorchLegacyStore."
         )
     return candidates[0] if candidates else None
 
