@@ -18,6 +18,10 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
         "Time that a rewritten module adds to each call",
         ["-m", "benchmarks.module_overhead"],
     ),
+    "save": (
+        "Memory and speed of the writers, on a 2 GB checkpoint",
+        ["-m", "benchmarks.save"],
+    ),
     "export_onnx": (
         "Time and memory that exporting a 2 GB model to ONNX takes",
         ["-m", "benchmarks.export_onnx"],
