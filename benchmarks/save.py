@@ -21,6 +21,7 @@ from torch import nn
 import pylomin
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import ROOT, run_worker, write_result
+from benchmarks.tables import RESULTS
 
 ROWS, WIDTH, LAYERS = 32000, 4096, 24
 
@@ -74,6 +75,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--publish", action="store_true", help="result to docs/results")
     parser.add_argument("--directory", type=Path, default=ROOT / ".demo" / "save", help="for 6 GB of checkpoints")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -92,7 +94,7 @@ def main() -> None:
         added = peak_bytes - results["nothing written"]["peak_bytes"]
         print(f"{name:24} {run.report['s']:6.1f} s  {added / 2**20:+6.0f} MiB", flush=True)
     settings = {"weight_bytes": checkpoint.stat().st_size, "largest_tensor_bytes": ROWS * WIDTH * 4}
-    path = arguments.output / "save.json"
+    path = (RESULTS if arguments.publish else arguments.output) / "save.json"
     write_result(path, settings, {"variants": results})
     print(f"Written: {path}")
 

@@ -17,6 +17,10 @@ class BudgetError(PylominError, MemoryError):
     """The memory budget cannot hold what must be in memory at one time."""
 
 
+class PlanError(PylominError, ValueError):
+    """A plan is malformed, or was made for another model."""
+
+
 class StoreFormatError(PylominError, ValueError):
     """A weight file, header or shard index is malformed. Raised before any weight is read."""
 
@@ -59,6 +63,14 @@ class ExportError(PylominError, ValueError):
 
 class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
+
+
+class CheckpointError(PylominError, ValueError):
+    """A training checkpoint is malformed, does not fit what it is restored into, or lacks its reference."""
+
+
+class MissingPackageError(PylominError, ImportError):
+    """A package that this function needs, and pylomin itself does not, is missing or too old."""
 
 
 class OutputExistsError(PylominError, FileExistsError):

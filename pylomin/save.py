@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -13,13 +14,18 @@ from torch import nn
 
 from pylomin.errors import PassError, StoreFormatError
 from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.quantize.choose import Choose, Filter, chooser
+from pylomin.quantize.packing import GROUP_SIZE
 from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
 from pylomin.store.digests import DIGESTS_KEY
 from pylomin.store.dtypes import STORED_DTYPES
 from pylomin.store.open import open_store
+from pylomin.store.packed_format import QUANTIZED_KEY
 from pylomin.store.pieces import read_pieces, slices_of
 from pylomin.store.progress import Progress
+from pylomin.store.quantized import QuantizedStore
+from pylomin.store.quantizing import QuantizingEncoder, write_quantized
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.saving import Cast, SaveOptions, save_weights
 from pylomin.store.sharded import ShardedStore
@@ -40,6 +46,10 @@ def save_store(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_filter: Filter | None = None,
+    group_size: int = GROUP_SIZE,
+    max_error: float | None = None,
     filter: Callable[[str], bool] | None = None,
     max_shard_size: int | str | None = None,
     order: Iterable[str] | HasOrder | None = None,
@@ -57,6 +67,14 @@ def save_store(
         source: anything that :func:`pylomin.open_store` takes.
         path: a file ``<name>.safetensors``, or a directory for ``model.safetensors``, which is created.
         dtype: convert the weights of 16 to 64 bits floating point to this dtype. Default: as they are.
+        quantize: store weights as ``"int8"`` or ``"int4"`` with a scale for each ``group_size`` neighbours in a row,
+            ``"int8-row"`` with one for each row, ``"bf16"`` or ``"f16"``. Opened again, they have the dtype that they
+            have now. Weights with values that are not finite stay as they are.
+        quantize_filter: which weights to quantise: a regular expression that is searched for in the name, names, or a
+            function ``(name, info) -> scheme | None``. Default: matrices of floating type with at least 4096 elements.
+        group_size: neighbours that share a scale.
+        max_error: the largest relative RMS error of a weight; where a scheme exceeds it, a finer one or none is taken.
+            :func:`pylomin.quantization_report` says which.
         filter: called with each name; False leaves that weight out.
         max_shard_size: most bytes in a file (int, or a string such as ``"5GB"``). Where there are more, write
             ``<name>-00001-of-0000N.safetensors`` and ``<name>.safetensors.index.json``, in the layout of Hugging Face.
@@ -83,10 +101,19 @@ def save_store(
     'model.safetensors'
     """
     options = _options(dtype, max_shard_size, order, digests, progress, overwrite)
+    choose = _chooser(quantize, quantize_filter, dtype)
     store = open_store(source)
     try:
         weights = [_stored(store, name) for name in store if filter is None or filter(name)]
-        return save_weights(weights, path, options, metadata=_metadata_of(store), aliases={}, where=_describe(store))
+        return _save(
+            weights,
+            path,
+            options,
+            _encoder(choose, weights, group_size, max_error),
+            metadata=_metadata_of(store),
+            aliases={},
+            where=_describe(store),
+        )
     finally:
         if store is not source:
             store.close()
@@ -97,6 +124,10 @@ def save_model(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_filter: Filter | None = None,
+    group_size: int = GROUP_SIZE,
+    max_error: float | None = None,
     filter: Callable[[str], bool] | None = None,
     max_shard_size: int | str | None = None,
     order: Iterable[str] | HasOrder | None = None,
@@ -112,7 +143,8 @@ def save_model(
 
     Args:
         model: offloaded, in part or as a whole, or an ordinary model.
-        path, dtype, max_shard_size, digests, progress, overwrite: as in :func:`save_store`.
+        path, dtype, quantize, quantize_filter, group_size, max_error, max_shard_size, digests, progress, overwrite: as
+            in :func:`save_store`.
         filter: called with each name; False leaves that name out.
         order: as in :func:`save_store`; any name of a weight will do.
 
@@ -131,10 +163,47 @@ def save_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as the first argument, found {type(model).__name__}.")
     options = _options(dtype, max_shard_size, order, digests, progress, overwrite)
-    weights, aliases = _of_model(model, filter)
+    choose = _chooser(quantize, quantize_filter, dtype)
+    weights, aliases = weights_of(model.state_dict(keep_vars=True), filter)
     metadata = {**aliases, "format": "pt"}
     where = f"the state dict of {type(model).__name__}"
-    return save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
+    encoder = _encoder(choose, weights, group_size, max_error)
+    return _save(weights, path, options, encoder, metadata=metadata, aliases=aliases, where=where)
+
+
+def _chooser(quantize: str | None, filter: Filter | None, dtype: torch.dtype | None) -> Choose | None:
+    if quantize is None and filter is None:
+        return None
+    if dtype is not None:
+        raise PassError("dtype and quantize both say how weights are stored; give one of them.")
+    return chooser(quantize, filter)
+
+
+def _encoder(
+    choose: Choose | None, weights: Sequence[WeightToWrite], group_size: int, max_error: float | None
+) -> QuantizingEncoder | None:
+    if choose is None:
+        return None
+    names = [weight.name for weight in weights]
+    return QuantizingEncoder(choose, names, group_size=group_size, max_error=max_error)
+
+
+def _save(
+    weights: Sequence[WeightToWrite],
+    path: str | os.PathLike[str],
+    options: SaveOptions,
+    encoder: QuantizingEncoder | None,
+    *,
+    metadata: Mapping[str, str],
+    aliases: Mapping[str, str],
+    where: str,
+) -> Path:
+    if encoder is None:
+        return save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
+    options = replace(options, encoder=encoder)
+    return write_quantized(
+        encoder, lambda: save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
+    )
 
 
 def _options(
@@ -169,9 +238,12 @@ def _stored(store: WeightStore, name: str) -> WeightToWrite:
 
 
 def _metadata_of(store: WeightStore) -> dict[str, str]:
-    """What the files of ``store`` say of themselves, but for the digests, which are computed anew."""
-    files = store.shards if isinstance(store, ShardedStore) else [store] if isinstance(store, SafetensorsStore) else []
-    metadata = {key: value for file in files for key, value in file.metadata.items() if key != DIGESTS_KEY}
+    """What the files of ``store`` say of themselves, but for what is computed anew."""
+    stored = store.file if isinstance(store, QuantizedStore) else store
+    shards = stored.shards if isinstance(stored, ShardedStore) else (stored,)
+    files = [shard for shard in shards if isinstance(shard, SafetensorsStore)]
+    computed = (DIGESTS_KEY, QUANTIZED_KEY)
+    metadata = {key: value for file in files for key, value in file.metadata.items() if key not in computed}
     return metadata or {"format": "pt"}
 
 
@@ -179,12 +251,18 @@ def _describe(store: WeightStore) -> str:
     return next((repr(store.describe(name)) for name in store), "an empty store")
 
 
-def _of_model(model: nn.Module, filter: Callable[[str], bool] | None) -> tuple[list[WeightToWrite], dict[str, str]]:
-    """Each weight once, and the other names of those that have several."""
+def weights_of(
+    state: Mapping[str, object], filter: Callable[[str], bool] | None = None, *, tied: bool = True
+) -> tuple[list[WeightToWrite], dict[str, str]]:
+    """The weights of a state dict, and the other names of those that have several; with ``tied``, each weight once.
+
+    Raises:
+        StoreFormatError: a value is no tensor.
+    """
     first: dict[object, str] = {}
     weights: list[WeightToWrite] = []
     aliases: dict[str, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in state.items():
         if filter is not None and not filter(name):
             continue
         if not isinstance(value, torch.Tensor):
@@ -192,7 +270,7 @@ def _of_model(model: nn.Module, filter: Callable[[str], bool] | None) -> tuple[l
                 f"{name!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only. Leave it "
                 f"out: filter=lambda name: name != {name!r}."
             )
-        known = first.setdefault(identity_of(value), name)
+        known = first.setdefault(identity_of(value), name) if tied else name
         if known == name:
             weights.append(WeightToWrite(name, value.dtype, tuple(value.shape), partial(values_of, value)))
         else:

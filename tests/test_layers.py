@@ -17,13 +17,14 @@ PACKAGE = ROOT / "pylomin"
 LAYERS = [
     {"__init__"},
     {"cli"},
-    {"passes"},
+    {"checkpoint", "passes"},
     {"export"},
-    {"load", "save"},
+    {"load", "pretrained", "save"},
     {"measure"},
     {"lazy"},
     {"residency"},
     {"store"},
+    {"quantize"},
     {"io"},
     {"errors"},
 ]

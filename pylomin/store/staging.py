@@ -84,7 +84,7 @@ class Staging:
                     _settle(self._directory, self.path)
                 raise
         if durable:
-            _sync_directory(self._directory)
+            sync_directory(self._directory)
 
     def discard(self) -> None:
         """Remove the directory and what is left in it. Idempotent."""
@@ -188,7 +188,8 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _sync_directory(path: str) -> None:
+def sync_directory(path: str) -> None:
+    """Make the names in a directory survive a power failure. Lets OSError pass."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -12,6 +12,7 @@ from pylomin.store.digests import DIGESTS_KEY, layout_digest, new_digest, parse_
 from pylomin.store.open import open_store
 from pylomin.store.pieces import read_pieces
 from pylomin.store.progress import Progress, progress_of
+from pylomin.store.quantized import QuantizedStore
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.sharded import ShardedStore
 from pylomin.store.tensor_bytes import byte_view
@@ -76,7 +77,8 @@ def verify(path: str | os.PathLike[str], *, progress: Progress = None) -> Verify
     store = open_store(path)
     try:
         with progress_of(progress, "Verifying") as report:
-            return _verify(store, report)
+            # Digests are of what is stored.
+            return _verify(store.file if isinstance(store, QuantizedStore) else store, report)
     finally:
         store.close()
 
@@ -117,9 +119,8 @@ def _verify(store: WeightStore, progress: Callable[[int, int], None] | None) -> 
 
 def _files(store: WeightStore) -> Sequence[SafetensorsStore]:
     """Those of the store's files that can keep digests."""
-    if isinstance(store, ShardedStore):
-        return store.shards
-    return [store] if isinstance(store, SafetensorsStore) else []
+    shards = store.shards if isinstance(store, ShardedStore) else (store,)
+    return [shard for shard in shards if isinstance(shard, SafetensorsStore)]
 
 
 def _compare(file: SafetensorsStore, name: str, expected: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Training checkpoints: safetensors and JSON, without pickle."""

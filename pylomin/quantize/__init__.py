@@ -1,0 +1,1 @@
+"""Codecs for compact weights: pure functions from tensors to tensors. Nothing here opens a file."""
