@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "bert_cold": "The same from a cold file in a small container",
             "decode": "Decoding at five budgets, beside transformers, accelerate and llama.cpp",
             "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
+            "save": "Memory and speed of the writers, on a 2 GB checkpoint",
             "quantize": "Size, error and speed of quantised stores",
             "checkpoints": "Training checkpoints: deltas, standing still, kills",
             "fit": "What fit predicts against what is measured",
