@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -109,6 +109,8 @@ STEPS = [function for _, function in IN_PLACE + COMPUTED]
 
 
 @given(st.lists(st.sampled_from(STEPS), max_size=5), st.booleans())
+@example([lambda t: t[:0], lambda t: t[1:]], False)
+@example([lambda t: t[6:], lambda t: t.view(2, 0)], False)
 @settings(max_examples=150, deadline=None)
 def test_any_chain(steps: list[Callable[[Tensor], Tensor]], inference: bool) -> None:
     expected = torch.arange(24.0).view(6, 4) / 7
