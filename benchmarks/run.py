@@ -14,10 +14,6 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
         "Memory and speed of a 1.6 GiB BERT: resident, offloaded, and under accelerate",
         ["-m", "examples.bert", "--output", "benchmarks/results"],
     ),
-    "from_pretrained": (
-        "Memory that loading a 2 GB transformers checkpoint takes",
-        ["-m", "benchmarks.from_pretrained"],
-    ),
     "module_overhead": (
         "Time that a rewritten module adds to each call",
         ["-m", "benchmarks.module_overhead"],
