@@ -18,6 +18,14 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
         "Time that a rewritten module adds to each call",
         ["-m", "benchmarks.module_overhead"],
     ),
+    "quantize": (
+        "Size and error of each scheme; speed and memory of quantising",
+        ["-m", "benchmarks.quantize"],
+    ),
+    "training_checkpoints": (
+        "Size of differences, waiting for saves, resuming, and kills in the middle of them",
+        ["-m", "benchmarks.training_checkpoints"],
+    ),
 }
 
 
