@@ -80,14 +80,16 @@ def model_bytes(checkpoint: Path) -> int:
     return (checkpoint / "model.safetensors").stat().st_size
 
 
-def relative_error(checkpoint: Path, model: nn.Module) -> float:
-    """Of all weights together."""
+def errors(checkpoint: Path, model: nn.Module) -> dict[str, float]:
+    """Root mean square of the errors of all weights, and that over the root mean square of the weights."""
     loaded = pylomin.load_checkpoint(checkpoint).model
     error = signal = 0.0
+    count = 0
     for name, weight in model.state_dict().items():
         error += float((loaded[name].double() - weight.double()).square().sum())
         signal += float(weight.double().square().sum())
-    return float((error / signal) ** 0.5)
+        count += weight.numel()
+    return {"rms_error": (error / count) ** 0.5, "relative_rms_error": (error / signal) ** 0.5}
 
 
 def differences(size: Size, directory: Path) -> dict[str, Any]:
@@ -105,19 +107,16 @@ def differences(size: Size, directory: Path) -> dict[str, Any]:
     moved = sum(float((weight - old[name]).square().sum()) for name, weight in model.state_dict().items()) ** 0.5
     norm = sum(float(weight.square().sum()) for weight in old.values()) ** 0.5
     found: dict[str, Any] = {"full_bytes": model_bytes(reference), "relative_change": moved / norm}
-    for name, options in (
-        ("int8", {"quantize": "int8"}),
-        ("int4", {"quantize": "int4"}),
-        ("exact", {"lossless": True}),
-    ):
-        path = pylomin.save_checkpoint(
-            pylomin.build_checkpoint(model),
-            directory / name,
-            reference=reference,
-            **options,  # type: ignore[arg-type]
-        )
+    ways: dict[str, dict[str, Any]] = {
+        "int8": {"quantize": "int8"},
+        "int4": {"quantize": "int4"},
+        "exact": {"lossless": True},
+    }
+    for name, options in ways.items():
+        checkpoint = pylomin.build_checkpoint(model)
+        path = pylomin.save_checkpoint(checkpoint, directory / name, reference=reference, **options)
         times = model_bytes(reference) / model_bytes(path)
-        found[name] = {"times_smaller": times, "relative_rms_error": relative_error(path, model)}
+        found[name] = {"times_smaller": times, **errors(path, model)}
     half = pylomin.save_checkpoint(pylomin.build_checkpoint(old_half), directory / "half")
     new_half = copy.deepcopy(model).bfloat16()
     path = pylomin.save_checkpoint(
@@ -125,7 +124,7 @@ def differences(size: Size, directory: Path) -> dict[str, Any]:
     )
     found["exact, bfloat16"] = {
         "times_smaller": model_bytes(half) / model_bytes(path),
-        "relative_rms_error": relative_error(path, new_half),
+        **errors(path, new_half),
     }
     return found
 
@@ -281,7 +280,8 @@ def main() -> None:
     for name in ("int8", "int4", "exact", "exact, bfloat16"):
         found = results["differences"][name]
         print(
-            f"difference, {name}: {found['times_smaller']:.1f} times smaller, error {found['relative_rms_error']:.1e}"
+            f"difference, {name}: {found['times_smaller']:.1f} times smaller, RMS error {found['rms_error']:.1e}, "
+            f"relative {found['relative_rms_error']:.1e}"
         )
     print(f"resumed bit for bit: {results['resuming']['bit_for_bit']}")
     print(f"training waits {results['waiting']['wait_over_copy']['median']:.2f} times as long as a copy takes")

@@ -306,7 +306,7 @@ def read_ahead(weight: WeightToWrite) -> Iterator[torch.Tensor]:
     def fetch(number: int) -> torch.Tensor | None:
         piece = next(pieces, None)
         if piece is None or piece.nbytes == weight.nbytes:
-            return piece  # all there is: nothing comes after it that could use its memory
+            return piece
         buffer = buffers[number % 2]
         if buffer is None or buffer.numel() < piece.numel():
             buffer = buffers[number % 2] = torch.empty(piece.numel(), dtype=piece.dtype)
@@ -316,6 +316,10 @@ def read_ahead(weight: WeightToWrite) -> Iterator[torch.Tensor]:
         number = 0
         ahead = thread.submit(fetch, number)
         while (piece := ahead.result()) is not None:
+            if piece.nbytes == weight.nbytes:  # all there is, not copied; the next is not asked for before it was used
+                yield piece
+                next(pieces, None)
+                return
             number += 1
             ahead = thread.submit(fetch, number)
             yield piece
