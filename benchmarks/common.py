@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,8 +21,11 @@ from typing import Any
 
 import psutil
 
+from benchmarks.cgroup import MemoryGroup
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_INTERVAL_S = 0.02
+PACKAGES = ("torch", "safetensors", "transformers", "accelerate", "llama-cpp-python", "pylomin")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -32,7 +36,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "accelerate", "pylomin")},
+        **{name: _version(name) for name in PACKAGES},
     }
 
 
@@ -51,6 +55,9 @@ def _version(package: str) -> str | None:
         return None
 
 
+OUT_OF_MEMORY = "out of memory"
+
+
 class WorkerError(RuntimeError):
     """A measured process failed; the message holds the end of what it wrote to stderr."""
 
@@ -64,16 +71,18 @@ class WorkerRun:
     """(seconds since the epoch, bytes), every ``SAMPLE_INTERVAL_S``"""
 
 
-def run_worker(arguments: Sequence[str], *, timeout_s: float = 600) -> WorkerRun:
+def run_worker(arguments: Sequence[str], *, timeout_s: float = 600, group: MemoryGroup | None = None) -> WorkerRun:
     """Run ``python *arguments`` in a process of its own; the last line of its output is JSON.
 
     Raises:
-        WorkerError: the process failed, was killed or ran past ``timeout_s``.
+        WorkerError: the process failed, was killed or ran past ``timeout_s``. Where the limit of ``group`` killed
+            it, the last line of the message is ``OUT_OF_MEMORY``.
     """
     samples: list[tuple[float, int]] = []
     deadline = time.monotonic() + timeout_s
+    command = [sys.executable, *arguments]
     with subprocess.Popen(
-        [sys.executable, *arguments],
+        command if group is None else group.wrap(command),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -89,6 +98,10 @@ def run_worker(arguments: Sequence[str], *, timeout_s: float = 600) -> WorkerRun
                     samples.append((time.time(), watched.memory_info().rss))
                 if time.monotonic() > deadline:
                     process.kill()
+                    process.communicate()
+                    raise WorkerError(f"{shlex.join(arguments)} ran\nlonger than {timeout_s:.0f} s") from None
+    if process.returncode == -signal.SIGKILL and group is not None and group.killed():
+        raise WorkerError(f"{shlex.join(arguments)} exited for want of memory:\n{OUT_OF_MEMORY}")
     if process.returncode != 0:
         raise WorkerError(f"{shlex.join(arguments)} exited with {process.returncode}:\n{errors[-2000:]}")
     return WorkerRun(json.loads(output.splitlines()[-1]), samples)
@@ -100,6 +113,8 @@ def run_rounds(
     deadline: float,
     *,
     first: Sequence[str] = (),
+    run: Callable[[str, Sequence[str]], WorkerRun] | None = None,
+    after_round: Callable[[Mapping[str, list[WorkerRun]], Mapping[str, str]], None] | None = None,
 ) -> tuple[dict[str, list[WorkerRun]], dict[str, str]]:
     """Run every command once a round, in turn; a command that failed is left out from then on.
 
@@ -109,6 +124,8 @@ def run_rounds(
         deadline: on the clock of ``time.perf_counter``; a round that would end later is not begun,
             except the first one.
         first: further arguments in the first round, for what need not be measured more than once.
+        run: called with name and arguments instead of ``run_worker``, for what needs preparing.
+        after_round: called with what will be returned, as it is so far.
 
     Returns:
         The runs of each command, and the last line of the error of those that failed.
@@ -126,10 +143,13 @@ def run_rounds(
                 continue
             print(f"round {done + 1}: {name}", flush=True)
             try:
-                runs[name].append(run_worker([*command, *(first if done == 0 else ())]))
+                options = [*command, *(first if done == 0 else ())]
+                runs[name].append(run(name, options) if run else run_worker(options))
             except WorkerError as error:
                 print(error, file=sys.stderr)
                 failures[name] = str(error).splitlines()[-1]
+        if after_round is not None:
+            after_round(runs, failures)
     return runs, failures
 
 
@@ -181,6 +201,7 @@ def write_result(path: Path, settings: Mapping[str, Any], results: Mapping[str, 
     """Write ``results`` with all that is needed to repeat them, as JSON; return the document."""
     document = {
         "command": shlex.join(["python", "-m", _main_module(), *sys.argv[1:]]),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(),
         "settings": dict(settings),
@@ -196,6 +217,21 @@ def write_result(path: Path, settings: Mapping[str, Any], results: Mapping[str, 
     scratch.write_text(text + "\n")
     scratch.replace(path)
     return document
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "-dirty" where files differ from it; None outside of a repository."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _main_module() -> str:

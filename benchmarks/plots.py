@@ -42,12 +42,40 @@ def plot_speed_against_memory(rows: Sequence[Mapping[str, Any]], path: Path) -> 
     _save(figure, axes, path)
 
 
+def plot_speed_against_budget(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw tokens per second of rows with a budget, and the bound beside them; rows without one where their limit is.
+
+    A row without a limit is drawn as a line across.
+    """
+    figure, axes = _figure()
+    done = [row for row in rows if "bound_s" in row and "budget_bytes" in row]
+    done.sort(key=lambda row: row["budget_bytes"])
+    budgets_gib = [row["budget_bytes"] / (1 << 30) for row in done]
+    speeds = {name: [1 / row["pass_s"][name] for row in done] for name in ("median", "smallest", "largest")}
+    bounds = [1 / row["bound_s"]["median"] for row in done]
+    axes.plot(budgets_gib, bounds, label="bound", color=COLOURS[0], linestyle="--", linewidth=1.6)
+    axes.plot(budgets_gib, speeds["median"], label="pylomin", color=COLOURS[1], marker=MARKERS[0], linewidth=1.6)
+    axes.fill_between(budgets_gib, speeds["largest"], speeds["smallest"], color=COLOURS[1], alpha=0.2, linewidth=0)
+    others = [row for row in rows if "pass_s" in row and row not in done]
+    budget_at_limit = {row["limit_bytes"]: row["budget_bytes"] / (1 << 30) for row in done}
+    for row, colour, marker in zip(others, COLOURS[2:], MARKERS[1:], strict=False):
+        speed = 1 / row["pass_s"]["median"]
+        if at_gib := budget_at_limit.get(row.get("limit_bytes")):
+            label = f"{row['variant']}\n(limit {row['limit_bytes'] / 1e9:.1f} GB)"
+            axes.plot(at_gib, speed, label=label, color=colour, marker=marker, markersize=9, linestyle="none")
+        else:
+            axes.axhline(speed, label=row["variant"], color=colour, linewidth=1.2)
+    axes.set(xlabel="memory budget for weights, GiB", ylabel="tokens per second")
+    axes.set_title("Decoding speed against the budget, file cold")
+    _save(figure, axes, path)
+
+
 def _figure() -> tuple[Any, Any]:
     # The object interface: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 

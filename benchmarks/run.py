@@ -1,54 +1,90 @@
-"""Run benchmarks, each in a process of its own: ``python -m benchmarks.run [NAME ...]``."""
+"""Run benchmarks, each in a process of its own: ``python -m benchmarks.run [NAME ...] [OPTION ...]``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, commit
+from benchmarks.tables import RESULTS
 
 # Name: (the question, arguments of python)
 BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "demo": (
         "Memory and speed of a 1.6 GiB BERT: resident, offloaded, and under accelerate",
-        ["-m", "examples.bert", "--output", "benchmarks/results"],
+        ["-m", "examples.bert"],
     ),
-    "module_overhead": (
-        "Time that a rewritten module adds to each call",
-        ["-m", "benchmarks.module_overhead"],
-    ),
-    "quantize": (
-        "Size and error of each scheme; speed and memory of quantising",
-        ["-m", "benchmarks.quantize"],
-    ),
-    "training_checkpoints": (
-        "Size of differences, waiting for saves, resuming, and kills in the middle of them",
-        ["-m", "benchmarks.training_checkpoints"],
-    ),
+    **{
+        name: (question, ["-m", f"benchmarks.{name}"])
+        for name, question in {
+            "schedule": "Time that planning takes, and how far plans are from the best",
+            "module_overhead": "Time that a rewritten module adds to each call",
+            "onramps": "Time to open, bytes read and peak memory for a checkpoint of each format",
+            "many_tensors": "Time to load a checkpoint of 10,000 tensors",
+            "big_linear": "One layer of 1 GiB under a budget of 64 MiB",
+            "moe": "Bytes read for each token of a mixture of experts",
+            "bert": "Speed and memory of a BERT whose weights leave memory after use, file cached",
+            "bert_cold": "The same from a cold file in a small container",
+            "decode": "Decoding at five budgets, beside transformers, accelerate and llama.cpp",
+            "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
+            "quantize": "Size, error and speed of quantised stores",
+            "training_checkpoints": "Training checkpoints: deltas, standing still, kills",
+            "fit": "What fit predicts against what is measured",
+        }.items()
+    },
 }
+HARD_LIMIT_S = 900  # of any one; each stops itself long before
 
 
 def main() -> None:
-    """Run the benchmarks that are named, or all; fail if one fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    """Run the benchmarks that are named, or all but the demo, which has its own target; fail if one fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="other options go to each benchmark, such as --publish"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all but demo")
     parser.add_argument("--list", action="store_true", help="only say what there is")
-    arguments = parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="leave out what was measured at this commit already")
+    arguments, options = parser.parse_known_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     if arguments.list:
         for name, (question, _) in BENCHMARKS.items():
             print(f"{name:20} {question}")
         return
+    results = RESULTS if "--publish" in options else ROOT / "benchmarks" / "results"
+    now = commit()
     failed = []
-    for name in arguments.names or BENCHMARKS:
-        question, command = BENCHMARKS[name]
-        print(f"--- {name}: {question}", flush=True)
-        if subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode != 0:
+    for name in arguments.names or [name for name in BENCHMARKS if name != "demo"]:
+        if arguments.resume and _measured_at(results / f"{name}.json", now):
+            print(f"--- {name}: measured at {now} already", flush=True)
+        elif not _run(name, options):
             failed.append(name)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def _run(name: str, options: list[str]) -> bool:
+    question, command = BENCHMARKS[name]
+    print(f"--- {name}: {question}", flush=True)
+    start = time.perf_counter()
+    try:
+        done = subprocess.run([sys.executable, *command, *options], cwd=ROOT, check=False, timeout=HARD_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        print(f"--- {name}: stopped after {HARD_LIMIT_S} s", flush=True)
+        return False
+    print(f"--- {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return done.returncode == 0
+
+
+def _measured_at(path: Path, commit_now: str | None) -> bool:
+    try:
+        return commit_now is not None and json.loads(path.read_text()).get("commit") == commit_now
+    except (OSError, ValueError):
+        return False
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Markdown tables from result files.
 
-``python -m benchmarks.tables`` puts them into README.md, between ``<!-- table: NAME -->`` and
+``python -m benchmarks.tables`` puts them into README.md and docs/benchmarks.md, between ``<!-- table: NAME -->`` and
 ``<!-- end of table -->``; with ``--check`` it changes nothing and fails if they are stale.
 """
 
@@ -10,11 +10,16 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.columns import COLUMNS, caption, cells
+from benchmarks.goals import HEADER, goal_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "benchmarks.md")
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -94,7 +99,36 @@ def _demo(result: Mapping[str, Any]) -> str:
     return f"{demo_table(result)}\n\n{demo_caption(result)}\n\n{pictures}"
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": _demo}
+def table(name: str, result: Mapping[str, Any]) -> str:
+    """The table of a benchmark."""
+    return markdown_table(*cells(name, result["rows"]))
+
+
+# Name: (what is to be seen, file) of the pictures under its table, as docs/benchmarks.md refers to them
+PICTURES = {
+    "bert": ("Process memory over time, one line per variant", "results/bert-memory.png"),
+    "decode": ("Tokens per second against the budget, beside the bound and the peers", "results/decode.png"),
+}
+
+
+def _benchmark(name: str, result: Mapping[str, Any]) -> str:
+    parts = [table(name, result), caption(name, result)]
+    if name in PICTURES:
+        parts.append("![{}]({})".format(*PICTURES[name]))
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": _demo,
+    **{name: partial(_benchmark, name) for name in COLUMNS},
+}
+
+
+def goals_table(results: Path) -> str:
+    """What was to be shown, and what was measured, over all result files there are."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    rows = goal_rows(found)
+    return markdown_table(HEADER, rows) if rows else '*Not measured yet: `make bench ARGS="--publish"`.*'
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
@@ -103,29 +137,29 @@ def fill(text: str, results: Path = RESULTS) -> str:
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
         path = results / f"{name}.json"
-        table = (
-            TABLES[name](json.loads(path.read_text()))
-            if path.exists()
-            else f"*Not measured yet: `make {name} ARGS=--publish`.*"
-        )
-        return f"<!-- table: {name} -->\n{table}\n<!-- end of table -->"
+        if name == "goals":
+            return f"<!-- table: {name} -->\n{goals_table(results)}\n<!-- end of table -->"
+        command = "make demo ARGS=--publish" if name == "demo" else f'make bench ARGS="{name} --publish"'
+        content = TABLES[name](json.loads(path.read_text())) if path.exists() else f"*Not measured yet: `{command}`.*"
+        return f"<!-- table: {name} -->\n{content}\n<!-- end of table -->"
 
     return re.sub(r"<!-- table: (?P<name>\w+) -->.*?<!-- end of table -->", replace, text, flags=re.DOTALL)
 
 
-def fill_readme() -> None:
-    """Put the tables into README.md."""
-    README.write_text(fill(README.read_text()))
+def fill_all() -> None:
+    """Put the tables into the pages."""
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
 
 
 def main() -> None:
-    """Fill in the tables of README.md, or check them."""
+    """Fill in the tables of README.md and docs/benchmarks.md, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
     if not parser.parse_args().check:
-        fill_readme()
-    elif fill(README.read_text()) != README.read_text():
-        raise SystemExit("README.md has stale tables; run python -m benchmarks.tables")
+        fill_all()
+    elif stale := [page.name for page in PAGES if fill(page.read_text()) != page.read_text()]:
+        raise SystemExit(f"stale tables in {', '.join(stale)}; run python -m benchmarks.tables")
 
 
 if __name__ == "__main__":

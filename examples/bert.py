@@ -36,7 +36,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.plots import plot_memory_over_time, plot_speed_against_memory
-from benchmarks.tables import RESULTS, demo_caption, demo_table, fill_readme
+from benchmarks.tables import RESULTS, demo_caption, demo_table, fill_all
 
 EMBEDDING = "embeddings.word_embeddings"
 SIZES = {
@@ -235,7 +235,7 @@ def main() -> None:
     plot_speed_against_memory([row for row in rows if "error" not in row], output / "demo-speed.png")
     print(f"\n{demo_table(result)}\n\n{demo_caption(result)}\n\nWritten: {output}/demo*")
     if arguments.publish:
-        fill_readme()
+        fill_all()
     if failures:
         raise SystemExit(f"failed: {', '.join(failures)}")
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from pylomin.errors import (
     BudgetError,
     CheckpointError,
+    ExportError,
     MissingPackageError,
     OffloadedWriteError,
     OutputExistsError,
     PassError,
+    PlanError,
     PylominError,
     ScratchError,
     StoreChangedError,
@@ -22,17 +24,26 @@ from pylomin.errors import (
     WeightMismatchError,
     WeightNotFoundError,
 )
+from pylomin.export import export_onnx
+from pylomin.io.modes import Mode
 from pylomin.lazy import partial as _partial  # noqa: F401  # registers the operators that need only some rows
 from pylomin.load import load
 from pylomin.measure import PeakMemory, peak_memory, stats
 from pylomin.passes.chunked_embedding import chunked_embedding
+from pylomin.passes.chunked_linear import chunked_linear
+from pylomin.passes.fit import fit
 from pylomin.passes.lazy_loading import lazy_loading
+from pylomin.passes.memory_budget import set_memory_budget
+from pylomin.passes.planning import plan_of
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.restore import restore
+from pylomin.pretrained.loading import from_pretrained
+from pylomin.residency.plan import Plan
 from pylomin.residency.stats import Stats
 from pylomin.save import save_model, save_store
 from pylomin.store.open import open_store
 from pylomin.store.quantization_report import quantization_report
+from pylomin.store.sharded_loader import ShardedWeightsLoader
 from pylomin.store.verify import VerifyReport, verify
 
 if TYPE_CHECKING:
@@ -68,13 +79,18 @@ __all__ = [
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
+    "ExportError",
     "MissingPackageError",
+    "Mode",
     "OffloadedWriteError",
     "OutputExistsError",
     "PassError",
     "PeakMemory",
+    "Plan",
+    "PlanError",
     "PylominError",
     "ScratchError",
+    "ShardedWeightsLoader",
     "Stats",
     "StoreChangedError",
     "StoreFormatError",
@@ -86,13 +102,18 @@ __all__ = [
     "build_checkpoint",
     "checkpoints",
     "chunked_embedding",
+    "chunked_linear",
+    "export_onnx",
     "find_checkpoints",
+    "fit",
+    "from_pretrained",
     "lazy_loading",
     "lightning_callback",
     "load",
     "load_checkpoint",
     "open_store",
     "peak_memory",
+    "plan_of",
     "prefetch",
     "quantization_report",
     "restore",
@@ -100,6 +121,7 @@ __all__ = [
     "save_checkpoint",
     "save_model",
     "save_store",
+    "set_memory_budget",
     "stats",
     "trainer_callback",
     "verify",

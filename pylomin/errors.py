@@ -17,6 +17,10 @@ class BudgetError(PylominError, MemoryError):
     """The memory budget cannot hold what must be in memory at one time."""
 
 
+class PlanError(PylominError, ValueError):
+    """A plan is malformed, or was made for another model."""
+
+
 class StoreFormatError(PylominError, ValueError):
     """A weight file, header or shard index is malformed. Raised before any weight is read."""
 
@@ -53,6 +57,10 @@ class StoreWriteError(PylominError, OSError):
     """Weights could not be written to a file (no space, no permission). The target is as it was before."""
 
 
+class ExportError(PylominError, ValueError):
+    """A model, or the weights that it streams, cannot be exported as they are."""
+
+
 class ScratchError(StoreWriteError):
     """The scratch files that hold offloaded weights could not be written (no space, no permission)."""
 
@@ -62,7 +70,7 @@ class CheckpointError(PylominError, ValueError):
 
 
 class MissingPackageError(PylominError, ImportError):
-    """An optional package that was asked for is not installed."""
+    """A package that this function needs, and pylomin itself does not, is missing or too old."""
 
 
 class OutputExistsError(PylominError, FileExistsError):

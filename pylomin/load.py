@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import TypeVar
 
 import torch
@@ -13,22 +12,27 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
-from pylomin.lazy.offload import Tie, find_ties, offload, residency_for, slots_of
-from pylomin.lazy.sources import fill_buffers, matched_sources, missing_error
+from pylomin.io.modes import Mode
+from pylomin.lazy.offload import Tie, check_mode, find_ties, offload, residency_for, slots_of
+from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
 from pylomin.residency.limits import parse_bytes
-from pylomin.store.base import WeightStore
-from pylomin.store.open import open_store
+from pylomin.store.callable import CallableStore
+from pylomin.store.open import Source, open_store
+from pylomin.store.renamed import KeyMap, renamed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def load(
     model_fn: Callable[[], ModuleT],
-    weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore,
+    weights: Source,
     *,
+    key_map: KeyMap | None = None,
+    prefix: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
+    reading_mode: Mode | None = None,
     strict: bool = True,
 ) -> ModuleT:
     """Build a model whose weights stay where they are stored.
@@ -37,10 +41,16 @@ def load(
         model_fn: builds the model, without arguments: ``lambda: BertModel(config)``. Its parameters get no memory;
             its buffers are computed as usual.
         weights: anything that :func:`pylomin.open_store` takes. Tied weights may be stored under any of their names.
+            A function ``(module_name, weight_names) -> {name: tensor}`` is asked for a module's weights, by their full
+            names, when they are used (persistent buffers: now); whatever ``strict`` is, it must have them all.
+        key_map: stored name to the model's name: a mapping, in which a name that stays may be left out, or a function,
+            which returns None for a weight to leave out.
+        prefix: what the stored names begin with and the model's do not, ``"model."``. It is taken off before
+            ``key_map`` is asked; weights without it are left out.
         device: where to compute. Default: the CPU.
         dtype: convert floating-point weights, and stored buffers, to this dtype as they are loaded. Default: the
             stored dtypes, which must be the model's.
-        memory_budget: as in :func:`pylomin.lazy_loading`.
+        memory_budget, reading_mode: as in :func:`pylomin.lazy_loading`.
         strict: False to allow names in ``weights`` that the model does not have, and parameters that ``weights``
             does not have: those are initialised by ``model_fn`` (called a second time) and stay in memory.
 
@@ -50,7 +60,9 @@ def load(
     Raises:
         WeightNotFoundError: listing missing and unexpected names.
         WeightMismatchError: listing weights of another shape or dtype.
-        PassError: ``model_fn`` does not return a module, or reads a parameter's value.
+        PassError: ``model_fn`` does not return a module, or reads a parameter's value; or ``key_map`` or ``prefix``
+            is given for a function, which is asked by the model's names.
+        StoreReadError, StoreFormatError: as of :func:`pylomin.open_store`.
 
     >>> model = load(lambda: nn.Linear(2, 1), {"weight": torch.ones(1, 2), "bias": torch.zeros(1)})
     >>> model(torch.ones(1, 2)).tolist()
@@ -61,10 +73,20 @@ def load(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if dtype is not None and not dtype.is_floating_point:
         raise PassError(f"dtype is {dtype}; expected a floating-point dtype.")
+    check_mode(reading_mode)
     execution_device = None if device is None else torch.empty(0, device=device).device
     store = open_store(weights)
+    if isinstance(store, CallableStore):
+        if key_map is not None or prefix is not None:
+            raise PassError(
+                "weights is a function, asked by the model's names: rename there, not with key_map or prefix."
+            )
+    else:
+        store = renamed(store, key_map=key_map, prefix=prefix)
     model, registered = _build(model_fn)
     ties = find_ties(slots_of(model))
+    if isinstance(store, CallableStore):
+        store.expect(expected_infos(model, ties, dtype), cast=dtype is not None)
     sources, missing = matched_sources(ties, store, cast=dtype is not None)
     missing_buffers = fill_buffers(model, store, dtype=dtype)
     known = set(model.state_dict().keys()) | {name for tie in ties for name in tie.names}
@@ -83,7 +105,16 @@ def load(
                     tie.parameter.data = tie.parameter.data.to(dtype)
     found = [tie for tie in ties if tie.fqn not in missing]
     residency = residency_for(model)
-    offload(model, found, sources, residency, device=execution_device, dtype=dtype, memory_budget=budget)
+    offload(
+        model,
+        found,
+        sources,
+        residency,
+        device=execution_device,
+        dtype=dtype,
+        memory_budget=budget,
+        reading_mode=reading_mode,
+    )
     if execution_device is not None:
         for module in model.modules():
             for name, buffer in module._buffers.items():

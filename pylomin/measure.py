@@ -101,8 +101,9 @@ class _Tracker(TorchDispatchMode):
         self._model = model
 
     def __enter__(self) -> _Tracker:
+        weight_bytes = resident_bytes_of_all()  # before it observes: asking takes back what has died
         self._undo = observe(self._add_weight)
-        self._add_weight(resident_bytes_of_all())
+        self._add_weight(weight_bytes)
         resident = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
         for tensor in resident:
             if not isinstance(tensor, OffloadedTensor) and tensor.device.type != "meta":

@@ -271,15 +271,15 @@ def weights_of(
                 f"{name!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only. Leave it "
                 f"out: filter=lambda name: name != {name!r}."
             )
-        known = first.setdefault(_identity(value), name) if tied else name
+        known = first.setdefault(identity_of(value), name) if tied else name
         if known == name:
-            weights.append(WeightToWrite(name, value.dtype, tuple(value.shape), partial(_values, value)))
+            weights.append(WeightToWrite(name, value.dtype, tuple(value.shape), partial(values_of, value)))
         else:
             aliases[name] = known
     return weights, aliases
 
 
-def _identity(tensor: torch.Tensor) -> object:
+def identity_of(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same memory, or the same offloaded weight, seen in the same way."""
     geometry = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
     if isinstance(tensor, OffloadedTensor):
@@ -289,7 +289,8 @@ def _identity(tensor: torch.Tensor) -> object:
     return (tensor.device, tensor.untyped_storage().data_ptr(), *geometry)
 
 
-def _values(tensor: torch.Tensor) -> torch.Tensor | Iterator[torch.Tensor]:
+def values_of(tensor: torch.Tensor) -> torch.Tensor | Iterator[torch.Tensor]:
+    """What :class:`~pylomin.store.writer.WeightToWrite` wants: of an offloaded tensor, a piece at a time."""
     if isinstance(tensor, OffloadedTensor):
         return _offloaded_pieces(tensor) or tensor.materialize()
     is_plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"

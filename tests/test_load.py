@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy
 import pytest
 import torch
+from accelerate.utils import offload_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -191,6 +194,172 @@ def test_shards(model: Net, tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     for source in (index, str(index), tmp_path):
         assert torch.equal(output(pylomin.load(Net, source)), output(model))
+
+
+def from_torch(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    torch.save({"state_dict": state, "epoch": 3}, directory / "model.ckpt")
+    return directory / "model.ckpt"
+
+
+def from_torch_legacy(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    torch.save(state, directory / "model.pt", _use_new_zipfile_serialization=False)
+    return directory / "model.pt"
+
+
+def from_transposed(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    torch.save({n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in state.items()}, directory / "model.bin")
+    return directory / "model.bin"
+
+
+def from_npz(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    numpy.savez_compressed(directory / "model.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    return directory / "model.npz"
+
+
+def from_arrays(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    for name, tensor in state.items():
+        numpy.save(directory / f"{name}.npy", numpy.array(tensor.numpy(), order="F"))
+    return directory
+
+
+def from_memmaps(state: dict[str, torch.Tensor], directory: Path) -> dict[str, Any]:
+    from_arrays(state, directory)
+    return {name: numpy.load(directory / f"{name}.npy", mmap_mode="r") for name in state}
+
+
+def from_gguf(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    writer = gguf.GGUFWriter(directory / "model.gguf", "none")
+    for name, tensor in state.items():
+        writer.add_tensor(name, tensor.numpy().reshape(tuple(tensor.shape)))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return directory / "model.gguf"
+
+
+def from_offload_folder(state: dict[str, torch.Tensor], directory: Path) -> Path:
+    offload_state_dict(directory, state)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        from_torch, from_torch_legacy, from_transposed, from_npz, from_arrays, from_memmaps, from_gguf,
+        from_offload_folder,
+    ],
+)  # fmt: skip
+def test_every_format(write: Callable[..., Any], model: Net, tmp_path: Path) -> None:
+    loaded = pylomin.load(Net, write(state_of(model), tmp_path))
+    assert torch.equal(output(loaded), output(model))
+    # Rows of the table alone, through the same store.
+    assert torch.equal(loaded.table.weight[3:5], model.table.weight[3:5])
+    restored = pylomin.restore(loaded)
+    assert all(torch.equal(t, restored.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_quantised_gguf(tmp_path: Path) -> None:
+    weights = torch.randn(32, 64).numpy()
+    blocks = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "none")
+    writer.add_tensor("weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+    x = torch.randn(3, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = pylomin.load(lambda: nn.Linear(64, 32, bias=False), tmp_path / "model.gguf", dtype=dtype)
+        assert torch.equal(loaded(x.to(dtype)), nn.functional.linear(x.to(dtype), expected.to(dtype)))
+
+
+# -- a function -------------------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """Returns what it is asked for, from ``state``; keeps the questions."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        self.state = state
+        self.asked: list[tuple[str, list[str]]] = []
+
+    def __call__(self, module_name: str, names: list[str]) -> dict[str, torch.Tensor]:
+        self.asked.append((module_name, names))
+        return {name: self.state[name] for name in names if name in self.state}
+
+
+def test_a_function_is_asked_for_a_module_when_it_is_used(model: Net) -> None:
+    weights = Weights(state_of(model))
+    loaded = pylomin.load(Net, weights)
+    assert {name for _, names in weights.asked for name in names} == {
+        "norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "offset",
+    }  # fmt: skip
+    weights.asked.clear()
+    assert torch.equal(output(loaded), output(model))
+    assert ("body", ["body.weight", "body.bias"]) in weights.asked
+    assert ("", ["scale"]) in weights.asked
+    assert all("head" not in module_name for module_name, _ in weights.asked)  # tied: asked for by the first name
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_a_function_that_returns_everything(model: Net) -> None:
+    loaded = pylomin.load(Net, lambda module_name, names: state_of(model))
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_a_function_that_lacks_weights(model: Net) -> None:
+    state = state_of(model)
+    del state["body.bias"]
+    loaded = pylomin.load(Net, Weights(state))
+    with pytest.raises(pylomin.WeightNotFoundError, match=r"for module 'body' lacks 'body\.bias'"):
+        output(loaded)
+    state["body.bias"] = model.body.bias.detach()
+    assert torch.equal(output(loaded), output(model))
+
+
+def test_a_function_that_lacks_buffers(model: Net) -> None:
+    state = state_of(model)
+    del state["norm.running_var"]
+    with pytest.raises(pylomin.WeightNotFoundError, match=r"lacks 'norm\.running_var'"):
+        pylomin.load(Net, Weights(state))
+
+
+def test_a_function_that_returns_other_dtypes(model: Net) -> None:
+    halves = {name: t.bfloat16() if t.is_floating_point() else t for name, t in state_of(model).items()}
+    with pytest.raises(pylomin.WeightMismatchError, match=r"'.*' in .*: found torch\.bfloat16"):
+        output(pylomin.load(Net, Weights(halves)))
+    loaded = pylomin.load(Net, Weights(halves), dtype=torch.bfloat16)
+    assert loaded.body.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.body.weight, halves["body.weight"])
+
+
+def test_a_function_has_the_models_names(model: Net) -> None:
+    for arguments in ({"prefix": "model."}, {"key_map": {"a": "b"}}):
+        with pytest.raises(pylomin.PassError, match="rename there"):
+            pylomin.load(Net, Weights(state_of(model)), **arguments)  # type: ignore[arg-type]
+
+
+# -- other names ------------------------------------------------------------------------------------------------------
+
+
+def test_prefix(model: Net, tmp_path: Path) -> None:
+    state = {f"model.{name}": tensor for name, tensor in state_of(model).items()} | {"lm_head.weight": torch.ones(1)}
+    save_file(state, tmp_path / "x.safetensors")
+    for source in (state, tmp_path / "x.safetensors"):
+        assert torch.equal(output(pylomin.load(Net, source, prefix="model.")), output(model))
+
+
+def test_key_map(model: Net, tmp_path: Path) -> None:
+    state = {name.replace("body", "fc"): tensor for name, tensor in state_of(model).items()}
+    save_file(state, tmp_path / "x.safetensors")
+    maps: list[Any] = [{"fc.weight": "body.weight", "fc.bias": "body.bias"}, lambda name: name.replace("fc", "body")]
+    for source in (state, tmp_path / "x.safetensors"):
+        for key_map in maps:
+            assert torch.equal(output(pylomin.load(Net, source, key_map=key_map)), output(model))
+    with pytest.raises(pylomin.WeightNotFoundError, match=r"'body\.bias' \(similar: 'fc\.bias'\)"):
+        pylomin.load(Net, state, key_map={"fc.weight": "body.weight"})
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ import torch
 ALIGNMENT_BYTES = 64  # what torch's own CPU allocator gives; some BLAS kernels round differently on less
 PAGE_BYTES = mmap.PAGESIZE
 SMALL_BYTES = 64 << 10  # 64 KiB; below this malloc is quick and a page-rounded block would be wasteful
+# Python's default is shared: a forked child would read its weights into our memory.
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 _observers: list[Callable[[int], None]] = []
 
@@ -40,6 +42,11 @@ def _notify(delta_bytes: int) -> None:
 def aligned(nbytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
     """``nbytes`` rounded up to a multiple of ``alignment``."""
     return -(-nbytes // alignment) * alignment
+
+
+def block_bytes(nbytes: int) -> int:
+    """What a block for ``nbytes`` takes in the ledger."""
+    return nbytes if nbytes < SMALL_BYTES else aligned(nbytes, PAGE_BYTES)
 
 
 @dataclass(eq=False, slots=True)
@@ -92,6 +99,20 @@ class BufferPool:
             self._count(buffer, block, block.capacity_bytes, nbytes)
             return buffer
 
+    def try_take_pages(self, nbytes: int) -> mmap.mmap | None:
+        """Fresh pages for a mapping of a file, or None where the limit leaves no room.
+
+        They cost nothing until they are used, and are unmapped as soon as the last view dies.
+        """
+        capacity = aligned(nbytes, PAGE_BYTES)
+        with self._lock:
+            self._collect()
+            if not self._make_room(capacity):
+                return None
+            pages = mmap.mmap(-1, capacity, flags=_PRIVATE)
+            self._count(pages, None, capacity, nbytes)
+            return pages
+
     def try_adopt(self, nbytes: int) -> Callable[[torch.Tensor], None] | None:
         """Room for a tensor that is allocated elsewhere (another device, another dtype), or None.
 
@@ -122,11 +143,15 @@ class BufferPool:
             self._collect()
 
     def set_limit(self, limit_bytes: int | None) -> None:
-        """Change the limit; free blocks are given up first. Live ones leave when their last view dies."""
+        """Change the limit; free blocks are given up first. Live ones leave when their last view dies.
+
+        The peak is counted anew.
+        """
         with self._lock:
             self.limit_bytes = limit_bytes
             self._collect()
             self._make_room(0)
+            self.peak_bytes = self.live_bytes
 
     def trim(self) -> None:
         """Give all free blocks back to the system."""
@@ -185,9 +210,7 @@ class BufferPool:
         capacity = aligned(nbytes, PAGE_BYTES)
         if not self._make_room(capacity):
             return None
-        # Private: Python's default would let a forked child read its weights into our memory.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        return _Block(mmap.mmap(-1, capacity, flags=flags), 0, capacity)
+        return _Block(mmap.mmap(-1, capacity, flags=_PRIVATE), 0, capacity)
 
     def _make_room(self, nbytes: int) -> bool:
         if self.limit_bytes is None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import mmap
 import os
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from pylomin.errors import StoreChangedError, StoreReadError
+from pylomin.io import page_cache
+from pylomin.io.buffers import PAGE_BYTES
+from pylomin.io.descriptor import Descriptor, open_weight_file
+from pylomin.io.direct import DirectAccess, fill_direct, open_direct, refuses
+from pylomin.io.mapping import fault_in, show_pages
+from pylomin.io.reading import fill, pieces
 
-_MAX_BUFFERS = 1024  # IOV_MAX on Linux and macOS; one preadv takes no more
-_MAX_READ_BYTES = 0x7FFFF000  # 2 GiB - 4096: Linux transfers no more per call, macOS refuses 2 GiB
-_COPY_BYTES = 1 << 24  # 16 MiB at a time through a temporary where preadv is missing
-_HINT_BYTES = 1 << 17  # 128 KiB, the usual device readahead: a hint over more is cut to it
+_DROPPED_BYTES = 1 << 24  # 16 MiB; what a read that drops its pages has in the page cache at one time
+_CHECKED_BYTES = 1 << 20  # 1 MiB at a time when a mapping failed and a read is to say why
 
 Read = Callable[[int, Sequence[memoryview]], None]
 
@@ -32,8 +36,7 @@ class Extent:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class _Stamp:
+class _Stamp(NamedTuple):
     """What tells one state of a file from another.
 
     Not ctime: it changes when another file is renamed over ours, which leaves our bytes alone.
@@ -45,26 +48,6 @@ class _Stamp:
     def __str__(self) -> str:
         seconds, nanoseconds = divmod(self.mtime_ns, 10**9)
         return f"{self.size_bytes} bytes modified at {seconds}.{nanoseconds:09d}"
-
-
-class Descriptor:
-    """Owns a file descriptor and closes it when the last reference to this object goes.
-
-    Every use holds one, so ``close()`` in another thread cannot free a descriptor number that is
-    still used (and that the next ``open`` would hand out again for another file). Needs no lock,
-    hence safe over fork.
-    """
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.fd)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an open weight file can neither be copied nor pickled")
 
 
 class WeightFile:
@@ -90,7 +73,10 @@ class WeightFile:
         self._watched = watched
         self._is_mended: Callable[[Read], bool] | None = None
         self._change_was_raised = False
-        self._descriptor: Descriptor | None = _open(self.path)
+        # While views of a private file exist, this process may write other weights to the same bytes.
+        self._map_refusal = None if watched else "this process writes to it"
+        self._direct: DirectAccess | None = None
+        self._descriptor: Descriptor | None = open_weight_file(self.path)
         try:
             self._stamp = self._examine(self._descriptor.fd)
         except BaseException:
@@ -110,47 +96,157 @@ class WeightFile:
         """
         self._is_mended = is_mended
 
-    def read(self, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
+    def read(self, offset_bytes: int, buffers: Sequence[memoryview], *, drop_cache: bool = False) -> None:
         """Fill all ``buffers``, one after another, from the bytes that start at ``offset_bytes``.
 
         ``buffers`` are writable, C-contiguous and of format ``B``. The GIL is released while the
-        system reads.
+        system reads. With ``drop_cache`` the page cache keeps nothing of what was read.
 
         Raises:
             StoreReadError: the file ended early, could not be read, or is closed.
             StoreChangedError: the file was modified since it was opened.
         """
-        descriptor = self._descriptor
-        if descriptor is None:
-            raise StoreReadError(f"weight file {self.path!r} is closed. Open its store again to read from it.")
+        descriptor = self._opened()
         try:
-            if self._watched:
-                self._check_unchanged(descriptor.fd)
-            self._fill(descriptor.fd, offset_bytes, buffers)
+            self._check_unchanged(descriptor.fd)
+            self._fill(descriptor.fd, offset_bytes, buffers, drop_cache=drop_cache)
         finally:
             # A traceback keeps this frame; it must not keep the file open too.
             del descriptor
 
+    def map(self, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int = 0) -> bool:
+        """Let ``pages`` show ``nbytes`` (> 0) of the file instead of copying them there, and fault them in.
+
+        Byte ``offset_bytes`` appears at ``at_bytes + offset_bytes % PAGE_BYTES``; ``at_bytes`` is a multiple of a
+        page. What is written to the pages stays in this process. A change of the file is noticed when it comes
+        before the end of this call; afterwards it shows through, and to touch bytes that were cut off is a bus error.
+
+        Args:
+            pages: from :meth:`~pylomin.io.buffers.BufferPool.try_take_pages`; what they show goes when they go.
+
+        Returns:
+            False where that cannot be; then the pages are as before, and the file can be read into them.
+
+        Raises:
+            StoreReadError, StoreChangedError: as :meth:`read`.
+        """
+        if self.map_refused is not None:
+            return False
+        descriptor = self._opened()
+        try:
+            self._check_unchanged(descriptor.fd)
+            try:
+                show_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:  # there may be memory next time
+                    self._map_refusal = f"the file system refuses to map it: {error.strerror} (errno {error.errno})"
+                return False
+            try:
+                fault_in(offset_bytes, nbytes, pages, at_bytes)
+            except OSError as error:
+                self._find_fault(descriptor.fd, offset_bytes, nbytes)
+                self._raise_unless_complete(offset_bytes, nbytes, 0, error)
+            self._check_unchanged(descriptor.fd)
+            shown_bytes = min(nbytes, max(0, self._stamp.size_bytes - offset_bytes))
+            self._raise_unless_complete(offset_bytes, nbytes, shown_bytes, None)
+            return True
+        finally:
+            del descriptor
+
+    @property
+    def map_refused(self) -> str | None:
+        """Why :meth:`map` maps nothing; None where it does."""
+        return self._map_refusal
+
+    def read_direct(self, offset_bytes: int, nbytes: int, buffer: memoryview) -> None:
+        """Read past the page cache where the system lets us, otherwise through it, and leave nothing in it.
+
+        Byte ``offset_bytes`` goes to ``buffer[offset_bytes % PAGE_BYTES]``; the rest of the pages that are read with
+        it may be overwritten.
+
+        Args:
+            buffer: writable, of :func:`~pylomin.io.direct.direct_bytes`, at the start of a page. At another address
+                the read is buffered.
+
+        Raises:
+            StoreReadError, StoreChangedError: as :meth:`read`.
+        """
+        descriptor = self._opened()
+        try:
+            self._check_unchanged(descriptor.fd)
+            access = self._direct_access(descriptor)
+            target = buffer[offset_bytes % PAGE_BYTES :][:nbytes]
+            if access.descriptor is not None and access.suits(buffer):
+                count, error = fill_direct(access, offset_bytes, nbytes, buffer)
+                if error is None or not refuses(error):
+                    if error is None and count < nbytes:
+                        rest, error = fill(descriptor.fd, offset_bytes + count, [target[count:]])
+                        count += rest
+                    self._raise_unless_complete(offset_bytes, nbytes, count, error)
+                    return
+                self._direct = DirectAccess.refused(error)
+            self._fill(descriptor.fd, offset_bytes, [target], drop_cache=True)
+        finally:
+            del descriptor
+
+    @property
+    def direct_refused(self) -> str | None:
+        """Why :meth:`read_direct` goes through the page cache after all; None where it does not."""
+        return self._direct_access(self._opened()).refusal
+
     def prefetch_hint(self, offset_bytes: int, length_bytes: int) -> None:
         """Ask the system to read ahead into its page cache; without effect where it cannot."""
         descriptor = self._descriptor
-        if descriptor is None or not hasattr(os, "posix_fadvise"):
-            return
-        # Some file systems refuse advice; the read that follows reports what is really wrong.
-        with contextlib.suppress(OSError):
-            stop = offset_bytes + length_bytes
-            for start in range(offset_bytes, stop, _HINT_BYTES):
-                nbytes = min(_HINT_BYTES, stop - start)
-                os.posix_fadvise(descriptor.fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+        if descriptor is not None:
+            page_cache.read_ahead(descriptor.fd, offset_bytes, length_bytes)
+
+    def cached_fraction(self, extents: Sequence[Extent], samples: int = 64) -> float | None:
+        """How much of the extents is in the page cache, 0 to 1, judged by ``samples`` places at most.
+
+        None where the system cannot tell, or the file is closed.
+        """
+        descriptor = self._descriptor
+        if descriptor is None:
+            return None
+        return page_cache.cached_fraction(descriptor.fd, [(e.start, e.stop) for e in extents if e.nbytes], samples)
+
+    def is_at_path(self) -> bool:
+        """Whether ``path`` leads to this file, which was not deleted, replaced or changed since it was opened."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            return False
+        try:
+            same = os.path.samestat(os.fstat(descriptor.fd), os.stat(self.path))
+        except OSError:
+            return False
+        return same and self._examine(descriptor.fd) == self._stamp
 
     def close(self) -> None:
-        """Give the descriptor back, as soon as no read uses it. Idempotent."""
+        """Give the descriptors back, as soon as no read uses them. Idempotent."""
         self._descriptor = None
+        self._direct = None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"the open weight file {self.path!r} can neither be copied nor pickled")
 
+    def _opened(self) -> Descriptor:
+        descriptor = self._descriptor
+        if descriptor is None:
+            raise StoreReadError(f"weight file {self.path!r} is closed. Open its store again to read from it.")
+        return descriptor
+
+    def _direct_access(self, descriptor: Descriptor) -> DirectAccess:
+        access = self._direct
+        if access is None:
+            # Two threads may both come here; the descriptor of the slower one stays, the other closes after its read.
+            access = self._direct = open_direct(descriptor.fd, self.path)
+            if self._descriptor is None:  # closed meanwhile
+                self._direct = None
+        return access
+
     def _check_unchanged(self, fd: int) -> None:
+        if not self._watched:
+            return
         found = self._examine(fd)
         expected = self._stamp
         if found == expected:
@@ -187,69 +283,45 @@ class WeightFile:
         except StoreReadError:
             return False
 
-    def _fill(self, fd: int, offset_bytes: int, buffers: Sequence[memoryview]) -> None:
-        pending = [buffer for buffer in buffers if len(buffer)]
-        expected_bytes = sum(map(len, pending))
-        position = offset_bytes
-        done = 0  # buffers filled
-        while done < len(pending):
-            try:
-                count = _read_some(fd, _one_call(pending, done), position)
-            except OSError as error:
-                raise StoreReadError(
-                    f"reading {expected_bytes} bytes at offset {offset_bytes} of weight file "
-                    f"{self.path!r} failed at offset {position}: {error.strerror} (errno "
-                    f"{error.errno}). Check the disk, then try again."
-                ) from error
-            if count == 0:
-                # Truncated since it was last examined, and said so here: mended, it works at once.
-                self._change_was_raised = True
-                raise StoreReadError(
-                    f"weight file {self.path!r} ends at byte {position}: expected {expected_bytes} "
-                    f"bytes at offset {offset_bytes}, found {position - offset_bytes}. The file is "
-                    "truncated; restore it."
-                )
-            position += count
-            while done < len(pending) and count >= len(pending[done]):
-                count -= len(pending[done])
-                done += 1
-            if count:
-                pending[done] = pending[done][count:]
+    def _fill(self, fd: int, offset_bytes: int, buffers: Sequence[memoryview], *, drop_cache: bool = False) -> None:
+        if drop_cache:
+            count, error = _fill_and_drop(fd, offset_bytes, buffers)
+        else:
+            count, error = fill(fd, offset_bytes, buffers)
+        self._raise_unless_complete(offset_bytes, sum(map(len, buffers)), count, error)
+
+    def _raise_unless_complete(self, offset_bytes: int, nbytes: int, count: int, error: OSError | None) -> None:
+        position = offset_bytes + count
+        if error is not None:
+            raise StoreReadError(
+                f"reading {nbytes} bytes at offset {offset_bytes} of weight file "
+                f"{self.path!r} failed at offset {position}: {error.strerror} (errno "
+                f"{error.errno}). Check the disk, then try again."
+            ) from error
+        if count < nbytes:
+            # Truncated since it was last examined, and said so here: mended, it works at once.
+            self._change_was_raised = True
+            raise StoreReadError(
+                f"weight file {self.path!r} ends at byte {position}: expected {nbytes} "
+                f"bytes at offset {offset_bytes}, found {count}. The file is "
+                "truncated; restore it."
+            )
+
+    def _find_fault(self, fd: int, offset_bytes: int, nbytes: int) -> None:
+        """Raise what :meth:`read` would; a failed mapping says neither where nor why."""
+        ignored = memoryview(bytearray(min(nbytes, _CHECKED_BYTES)))
+        whole, rest = divmod(nbytes, len(ignored))
+        self._fill(fd, offset_bytes, [ignored] * whole + [ignored[:rest]])
 
 
-def _open(path: str) -> Descriptor:
-    # O_NONBLOCK: opening a FIFO would otherwise wait for a writer; regular files ignore it.
-    try:
-        descriptor = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-        mode = os.fstat(descriptor.fd).st_mode
-    except FileNotFoundError as error:
-        raise StoreReadError(f"weight file {path!r} does not exist. Check the path.") from error
-    except PermissionError as error:
-        raise StoreReadError(f"weight file {path!r} may not be read by this user: {error.strerror}.") from error
-    except OSError as error:
-        raise StoreReadError(f"cannot open weight file {path!r}: {error.strerror} (errno {error.errno})") from error
-    if stat.S_ISREG(mode):
-        return descriptor
-    del descriptor
-    kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
-    raise StoreReadError(f"weight file {path!r} is {kind}; expected a file.")
-
-
-def _one_call(pending: list[memoryview], start: int) -> list[memoryview]:
-    """As many of ``pending[start:]`` as one call may read, the last one cut where needed."""
-    batch: list[memoryview] = []
-    room = _MAX_READ_BYTES
-    for buffer in pending[start : start + _MAX_BUFFERS]:
-        batch.append(buffer[:room])
-        room -= len(batch[-1])
-        if room == 0:
-            break
-    return batch
-
-
-def _read_some(fd: int, buffers: list[memoryview], offset_bytes: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, buffers, offset_bytes)
-    data = os.pread(fd, min(len(buffers[0]), _COPY_BYTES), offset_bytes)
-    buffers[0][: len(data)] = data
-    return len(data)
+def _fill_and_drop(fd: int, offset_bytes: int, buffers: Sequence[memoryview]) -> tuple[int, OSError | None]:
+    """Like :func:`fill`, a piece at a time, each of which leaves the page cache before the next comes."""
+    done = 0
+    for piece in pieces(buffers, _DROPPED_BYTES):
+        nbytes = sum(map(len, piece))
+        count, error = fill(fd, offset_bytes + done, piece)
+        page_cache.drop(fd, offset_bytes + done, nbytes)
+        done += count
+        if count < nbytes:
+            return done, error
+    return done, None

@@ -28,15 +28,16 @@ class LazyModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        if type(value) is not OffloadedTensor or not value.is_whole or not value.weight.holds:
+        if type(value) is not OffloadedTensor:
             return value
         weight = value.weight
-        if weight.tensor is None:
+        tensor = weight.tensor
+        if tensor is None or not weight.holds or not value.is_whole:
             return value
         # A trace would record the twin as a constant that requires grad, which it cannot.
         if value.trainable and not torch.is_grad_enabled() and not is_tracing():
             return weight.trainable_twin()
-        return weight.tensor
+        return tensor
 
     def __copy__(self) -> nn.Module:
         return self._rebuilt(lambda state: state)
@@ -79,10 +80,15 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     @not_compiled
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weights = weights_to_hold(self)
-        if not weights:
+        group = whole_weights(self)
+        if not group:
             return run(self, *args, **kwargs)
-        hold = weights[0].residency.hold(weights)
+        weights = group
+        for weight in group:
+            if weight.tiled and not is_tracing():
+                weights = [weight for weight in group if not weight.tiled]
+                break
+        hold = group[0].residency.hold(weights, group)
         if is_tracing():
             with Untraced(hold):
                 return run(self, *args, **kwargs)
@@ -99,7 +105,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     return lazy
 
 
-def weights_to_hold(module: nn.Module) -> list[Weight]:
+def whole_weights(module: nn.Module) -> list[Weight]:
     """The whole offloaded weights that the module owns now, each once.
 
     Where another model's weight was put into the module, that one loads at the operation that uses it.
@@ -140,3 +146,21 @@ def loads_rows(module: nn.Module, dim: int) -> bool:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return True
     return dim >= 3 and not type(module).__module__.startswith("torch.nn.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear with a weight of its own: ``nn.Linear``, or what transformers calls ``Conv1D``."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return False
+    # A Conv1D keeps its weight as (in, out).
+    return isinstance(module, nn.Linear) or tuple(weight.shape) == (
+        getattr(module, "nx", None),
+        getattr(module, "nf", None),
+    )
+
+
+def loads_tiles(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` does nothing with its ``weight`` but multiply by it, so that tiles are enough."""
+    cls = original_class(type(module))
+    return is_linear(module) and (not isinstance(module, nn.Linear) or cls.forward is nn.Linear.forward)

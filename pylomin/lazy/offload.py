@@ -5,17 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
 
-from pylomin.errors import BudgetError
+from pylomin.errors import BudgetError, PassError
 from pylomin.io.buffers import PAGE_BYTES, SMALL_BYTES, aligned
-from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows
+from pylomin.io.modes import Mode
+from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.residency import Residency
+from pylomin.residency.tiling import lines_of, lines_per_tile
 from pylomin.residency.weight import Layout, Source, Weight, dense_layout
 
 
@@ -87,6 +89,7 @@ def offload(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    reading_mode: Mode | None = None,
 ) -> None:
     """Replace the parameters of ``ties`` by offloaded ones, and make the modules that hold their own weights lazy.
 
@@ -95,21 +98,23 @@ def offload(
     Args:
         sources: where the bytes of each weight are.
         device: where to compute; default: where the parameter is (the CPU for one without values).
-        dtype: of floating-point weights in compute memory; default: as stored.
+        dtype: of floating-point weights in compute memory; default: the parameter's.
         memory_budget: the new budget of ``residency``; default: unchanged.
+        reading_mode: how to read; default: unchanged.
     """
     weights = [
         Weight(tie.fqn, source, residency, _conversions(tie.parameter, source.layout, device, dtype))
         for tie, source in zip(ties, sources, strict=True)
     ]
-    owned = [
-        (slot.module, weight.name, weight.source.layout, weight.conversions)
-        for tie, weight in zip(ties, weights, strict=True)
-        for slot in tie.slots
-    ]
+    owned = []
+    for tie, weight in zip(ties, weights, strict=True):
+        weight.tileable = is_tileable(tie)
+        owned += [Owned.of(slot.module, weight) for slot in tie.slots]
     budget = residency.memory_budget if memory_budget is None else memory_budget
     largest_bytes = check_budget(offloaded_footprints(model) + footprints(owned), budget)
     residency.expect(largest_bytes)
+    if reading_mode is not None:
+        residency.set_reading_mode(reading_mode)
     residency.set_budget(budget)
     if model in _wanted_depth:
         residency.set_depth(_wanted_depth.pop(model))
@@ -145,8 +150,10 @@ def _conversions(
 ) -> tuple[Layout, ...]:
     if device is None:
         device = stored.device if parameter.device.type == "meta" else parameter.device
-    if dtype is None or not stored.dtype.is_floating_point:
+    if not stored.dtype.is_floating_point:
         dtype = stored.dtype
+    elif dtype is None:
+        dtype = parameter.dtype
     layout = replace(stored, dtype=dtype, device=device)
     return () if layout == stored else (layout,)
 
@@ -161,10 +168,10 @@ def residencies_of(model: nn.Module) -> list[Residency]:
     return list({parameter.weight.residency: None for _, parameter in offloaded_slots(model)})
 
 
-_wanted_depth: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_wanted_depth: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
-def want_prefetch(model: nn.Module, depth: int) -> None:
+def want_prefetch(model: nn.Module, depth: int | None) -> None:
     """``prefetch`` was applied to ``model`` before anything of it was offloaded."""
     _wanted_depth[model] = depth
 
@@ -174,32 +181,75 @@ def residency_for(model: nn.Module) -> Residency:
     return next(iter(residencies_of(model)), None) or Residency()
 
 
+class Owned(NamedTuple):
+    """A weight, as one module that owns it uses it."""
+
+    module: nn.Module
+    name: str
+    stored: Layout
+    conversions: tuple[Layout, ...]
+    tileable: bool
+    tile_rows: int | None
+
+    @staticmethod
+    def of(module: nn.Module, weight: Weight) -> Owned:
+        tileable = weight.tileable and weight.keeps_order
+        return Owned(module, weight.name, weight.source.layout, weight.conversions, tileable, weight.tile_rows)
+
+
 class Footprint(NamedTuple):
-    """Memory that a use of one weight takes."""
+    """Memory that a use of one weight takes, or of one line of it where it can be used by lines."""
 
     name: str
     stored_bytes: int
     converted_bytes: int
+    lines: int = 1
+    tile_rows: int | None = None
+
+    def times(self, lines: int) -> Footprint:
+        return self._replace(stored_bytes=lines * self.stored_bytes, converted_bytes=lines * self.converted_bytes)
+
+    def tile(self, memory_budget: int | None) -> Footprint | None:
+        """What is in memory at one time; None where that is the whole weight."""
+        line_bytes = self.stored_bytes + self.converted_bytes
+        lines = lines_per_tile(self.lines, line_bytes, self.tile_rows, memory_budget)
+        return None if lines is None else self.times(lines)
 
 
-Owned = tuple[nn.Module, str, Layout, tuple[Layout, ...]]  # module, fqn, stored layout, conversions
+def is_tileable(tie: Tie) -> bool:
+    """Whether all who own the weight use it by rows or by tiles, and at least one by tiles."""
+    tiles = [loads_tiles(slot.module) and slot.name == "weight" for slot in tie.slots]
+    dim = tie.parameter.dim()
+    return any(tiles) and all(
+        tiled or loads_rows(slot.module, dim) for slot, tiled in zip(tie.slots, tiles, strict=True)
+    )
 
 
 def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
-    """For each module, the weights that are in memory together when it is used; one row of what loads by rows."""
+    """For each module, the weights that are in memory together when it is used; one row of what loads by rows.
+
+    Rows of tables of three dimensions are matrices, experts, which load by tiles as linears do where they are too
+    large.
+    """
     groups: dict[nn.Module, dict[str, Footprint]] = {}
-    for module, name, stored, conversions in owned:
+    for module, name, stored, conversions, tileable, tile_rows in owned:
         rows = max(1, stored.shape[0]) if loads_rows(module, len(stored.shape)) else 1
-        converted_bytes = sum(step.nbytes for step in conversions)
-        groups.setdefault(module, {})[name] = Footprint(name, stored.nbytes // rows, converted_bytes // rows)
+        lines = 1
+        if rows == 1 and tileable:
+            lines = lines_of(stored)[0]
+        elif len(stored.shape) == 3 and rows > 1:  # an expert, which is a matrix
+            lines = max(1, stored.shape[1])
+        parts = rows * lines
+        footprint = Footprint(
+            name, stored.nbytes // parts, sum(step.nbytes for step in conversions) // parts, lines, tile_rows
+        )
+        groups.setdefault(module, {})[name] = footprint
     return [list(group.values()) for group in groups.values()]
 
 
 def offloaded_footprints(model: nn.Module) -> list[list[Footprint]]:
     """Of what is offloaded of ``model`` already."""
-    return footprints(
-        (slot.module, p.weight.name, p.weight.source.layout, p.weight.conversions) for slot, p in offloaded_slots(model)
-    )
+    return footprints(Owned.of(slot.module, p.weight) for slot, p in offloaded_slots(model))
 
 
 def planned_footprints(ties: Iterable[Tie], device: torch.device | None) -> list[list[Footprint]]:
@@ -208,7 +258,7 @@ def planned_footprints(ties: Iterable[Tie], device: torch.device | None) -> list
     for tie in ties:
         layout = dense_layout(tie.parameter)
         conversions = () if device is None or device.type == "cpu" else (replace(layout, device=device),)
-        owned += [(slot.module, tie.fqn, layout, conversions) for slot in tie.slots]
+        owned += [Owned(slot.module, tie.fqn, layout, conversions, is_tileable(tie), None) for slot in tie.slots]
     return footprints(owned)
 
 
@@ -220,15 +270,37 @@ def load_bytes(group: Sequence[Footprint]) -> int:
     return buffer_bytes + sum(weight.converted_bytes for weight in group)
 
 
+def use_bytes(group: Sequence[Footprint], memory_budget: int | None) -> int:
+    """Most memory that a use of ``group`` takes: what is held, and two tiles of what is not."""
+    tiles = [tile for weight in group if (tile := weight.tile(memory_budget)) is not None]
+    held = [weight.times(weight.lines) for weight in group if weight.tile(memory_budget) is None]
+    return load_bytes(held) + 2 * max((load_bytes([tile]) for tile in tiles), default=0)
+
+
+def smallest_budget(group: Sequence[Footprint]) -> int:
+    """The least budget under which ``group`` can be used; it can be under every greater one, too."""
+    whole_bytes = load_bytes([weight.times(weight.lines) for weight in group])
+    held_bytes = load_bytes([weight for weight in group if weight.lines == 1])
+    line_bytes = max((load_bytes([weight]) for weight in group if weight.lines > 1), default=whole_bytes)
+    # Two tiles take half of the budget, or two lines where a line is larger than a tile.
+    return min(whole_bytes, max(held_bytes + 2 * line_bytes, 2 * held_bytes))
+
+
+def check_mode(reading_mode: object) -> None:
+    """Raises PassError unless it is a reading mode, or None."""
+    if reading_mode is not None and reading_mode not in get_args(Mode):
+        raise PassError(f"reading_mode is {reading_mode!r}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
+
+
 def check_budget(groups: Sequence[Sequence[Footprint]], memory_budget: int | None) -> int:
-    """The bytes of the largest group. Raises BudgetError, naming it, if the budget can never hold it."""
-    largest = max(groups, key=load_bytes, default=())
-    needed = load_bytes(largest)
+    """The bytes of the largest use. Raises BudgetError, naming it, if the budget can never hold it."""
+    largest = max(groups, key=smallest_budget, default=())
+    needed = smallest_budget(largest)
     if memory_budget is not None and needed > memory_budget:
-        name = max(largest, key=lambda weight: weight.stored_bytes).name
+        name = max(largest, key=lambda weight: weight.lines * weight.stored_bytes).name
         raise BudgetError(
             f"weight '{name}' needs {format_bytes(needed)} resident, but memory_budget is {memory_budget} "
             f"({format_bytes(memory_budget)}). Use memory_budget of at least {needed}, or keep its module in memory, "
             "outside the budget: pylomin.lazy_loading(model, skip_modules=[...])."
         )
-    return needed
+    return max((use_bytes(group, memory_budget) for group in groups), default=0)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from pylomin.lazy import tiles
+from pylomin.lazy.experts import GatheredTensor
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
 from pylomin.residency.weight import Layout
 
@@ -24,9 +26,7 @@ def rows_at(table: OffloadedTensor, indices: torch.Tensor, *, batch_rows: int | 
     wanted = indices.reshape(-1).to(device="cpu", dtype=torch.int64)
     rows, inverse = torch.unique(wanted, return_inverse=True)
     if batch_rows is None:
-        budget = table.weight.residency.memory_budget
-        batch_bytes = BATCH_BYTES if budget is None else min(BATCH_BYTES, budget // 4)
-        batch_rows = max(1, batch_bytes // max(1, _row_bytes(table)))
+        batch_rows = max(1, _batch_bytes(table) // max(1, _row_bytes(table)))
     if len(rows) <= batch_rows:
         out = _read_rows(table, rows).index_select(0, inverse.to(table.device))
     else:
@@ -45,10 +45,17 @@ def rows_at(table: OffloadedTensor, indices: torch.Tensor, *, batch_rows: int | 
 
 
 def has_packed_rows(table: OffloadedTensor) -> bool:
-    """Each row is one run of elements in the store, and not in memory yet."""
+    """Each row is one run of elements in the store, and not in memory now; nor should all of them be."""
     if table.dim() == 0 or table.numel() == 0 or table.weight.tensor is not None or not table.weight.keeps_order:
         return False
+    if table.chunk_rows is None and table.weight.residency.keeps_all:
+        return False
     return table.is_contiguous()
+
+
+def _batch_bytes(table: OffloadedTensor) -> int:
+    budget = table.weight.residency.memory_budget
+    return BATCH_BYTES if budget is None else min(BATCH_BYTES, budget // 4)
 
 
 def _row_bytes(table: OffloadedTensor) -> int:
@@ -119,7 +126,11 @@ def _index(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif rows.dtype == torch.uint8:
         return NotImplemented
     rows = torch.where(rows < 0, rows + table.shape[0], rows)
-    return rows_at(table, rows) if _in_range(rows, table.shape[0]) else NotImplemented
+    if not _in_range(rows, table.shape[0]):
+        return NotImplemented
+    if table.dim() == 3 and rows.dim() == 1 and len(rows) * _row_bytes(table) > _batch_bytes(table):
+        return GatheredTensor.of(table, rows)
+    return rows_at(table, rows)
 
 
 def _embedding_bag(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,6 +171,9 @@ def _bmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     It asks also when gradients are off. It did not fold here; if the plain parameter would have made it, start over.
     """
+    tiled = tiles.product(func, args, kwargs)
+    if tiled is not NotImplemented:
+        return tiled
     left, right = args
     matrix = right if isinstance(right, OffloadedTensor) else left
     if torch.is_grad_enabled() or not matrix.trainable or matrix.stride(0) != 0:

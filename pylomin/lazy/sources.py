@@ -15,8 +15,8 @@ from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
 from pylomin.lazy.offload import Tie
 from pylomin.residency.residency import Residency
 from pylomin.residency.weight import Layout, Source, contiguous_stride, dense_layout
-from pylomin.store.base import ReadRequest, WeightStore
-from pylomin.store.dtypes import STORED_DTYPES
+from pylomin.store.base import ReadRequest, WeightInfo, WeightStore
+from pylomin.store.dtypes import STORED_DTYPES, nbytes_of
 from pylomin.store.memory import MemoryStore
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.scratch import ScratchDirectory
@@ -58,6 +58,20 @@ def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = Fal
             "model; where only dtypes differ, use pylomin.load(..., dtype=...) or model.to(dtype)."
         )
     return sources, missing
+
+
+def expected_infos(model: nn.Module, ties: Sequence[Tie], dtype: torch.dtype | None) -> dict[str, WeightInfo]:
+    """What a store that cannot be asked should have: each weight once, and the persistent buffers."""
+    tensors = {tie.fqn: tie.parameter.detach() for tie in ties}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return {
+        name: WeightInfo(wanted, tuple(tensor.shape), nbytes_of(wanted, tensor.shape))
+        for name, tensor in tensors.items()
+        for wanted in (tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype,)
+    }
 
 
 def missing_error(missing: Sequence[str], unexpected: Sequence[str], store: WeightStore) -> WeightNotFoundError:

@@ -17,7 +17,7 @@ class OffloadedStorage:
     Anything but identity and size loads the values.
     """
 
-    __slots__ = ("_load", "_weight")
+    __slots__ = ("__weakref__", "_load", "_weight")
 
     def __init__(self, weight: Weight, load: Callable[[], torch.Tensor]) -> None:
         self._weight = weight
@@ -36,6 +36,9 @@ class OffloadedStorage:
 
     def __len__(self) -> int:
         return self._weight.nbytes
+
+    def _fix_weakref(self) -> None:
+        """Torch calls it on a storage that it keeps a weak reference to, as ``torch.export`` does."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._load().untyped_storage(), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pylomin.errors import OffloadedWriteError, TraceError
 from pylomin.lazy.compiling import is_tracing, not_compiled
 from pylomin.lazy.storage import OffloadedStorage
+from pylomin.residency.tiling import lines_per_tile
 from pylomin.residency.weight import Weight
 
 aten = torch.ops.aten
@@ -81,7 +83,13 @@ class OffloadedTensor(torch.Tensor):
                 f"torch.jit.trace cannot follow {func} of an offloaded weight: it would record the result as a "
                 "constant. Trace the ordinary model: pylomin.restore(model), then trace, then lazy_loading again."
             )
-        return _dispatch(func, args, kwargs or {})
+        try:
+            return _dispatch(func, args, kwargs or {})
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they have values that others hold, and people keep errors
+            raise
+        finally:
+            del args, kwargs
 
     # -- values -----------------------------------------------------------------------------------------------------
 
@@ -96,10 +104,10 @@ class OffloadedTensor(torch.Tensor):
     def materialize(self) -> torch.Tensor:
         """An ordinary tensor with these values, which nobody else sees."""
         if self.is_whole:
-            return self.of(self.weight.residency.load_private(self.weight))
+            return self.of(private_values(self.weight))
         weight, start, span = self.weight, int(self.storage_offset()), _span(self)
         if weight.tensor is not None or not weight.keeps_order:
-            return self.of(weight.residency.load_private(weight))
+            return self.of(private_values(weight))
         with torch.inference_mode(False), torch.no_grad():
             run = weight.residency.load_runs(weight, [(start, start + span)])
             return run.clone().as_strided(self.size(), self.stride())
@@ -109,7 +117,7 @@ class OffloadedTensor(torch.Tensor):
         weight = self.weight
         storage = weight.shared() if weight.shared is not None else None
         if storage is None:
-            values = weight.residency.load_private(weight)
+            values = private_values(weight)
             weight.shared = weakref.ref(values.untyped_storage())
             return self.of(values)
         layout = weight.layout
@@ -168,7 +176,7 @@ class OffloadedTensor(torch.Tensor):
     def data(self, values: torch.Tensor) -> None:
         if not isinstance(values, OffloadedTensor):
             weight = self.weight
-            values = OffloadedTensor(weight.residency.take_over(weight, values))
+            values = OffloadedTensor(weight.replaced_by(weight.residency.take_over(weight, values)))
         torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
         self.weight, self.is_whole = values.weight, values.is_whole
         self.weight.transient = False
@@ -218,7 +226,8 @@ class OffloadedTensor(torch.Tensor):
         if id(old.residency) not in memo:
             memo[id(old.residency)] = old.residency.copy()
         if id(old) not in memo:
-            memo[id(old)] = Weight(old.name, old.source, memo[id(old.residency)], old.conversions)
+            copied = Weight(old.name, old.source, memo[id(old.residency)], old.conversions)
+            memo[id(old)] = old.replaced_by(copied)
         clone = OffloadedTensor(memo[id(old)], self.size(), self.stride(), int(self.storage_offset()))
         if isinstance(self, nn.Parameter):
             clone = as_parameter(clone)
@@ -241,6 +250,23 @@ class OffloadedTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         name, dtype, device = self.weight.name, self.dtype, self.device
         return f"OffloadedTensor({name!r}, size={tuple(self.shape)}, dtype={dtype}, device='{device}')"
+
+
+def private_values(weight: Weight) -> torch.Tensor:
+    """All values, in a tensor that nobody else sees. It need not fit in the budget, which is for what is loaded."""
+    numel, count = weight.layout.numel, None
+    if weight.tensor is None and weight.keeps_order and numel:
+        count = lines_per_tile(numel, weight.element_bytes, None, weight.residency.memory_budget)
+    if count is None:
+        return weight.residency.load_private(weight)
+    runs = [(first, min(first + count, numel)) for first in range(0, numel, count)]
+    with torch.inference_mode(False), torch.no_grad():
+        values = weight.layout.empty()
+        flat = values.as_strided((numel,), (1,))
+        stream = weight.residency.stream_runs(weight, runs)
+        for first, last in runs:
+            flat[first:last] = next(stream)
+    return values
 
 
 def as_parameter(tensor: OffloadedTensor, *, trainable: bool = False) -> OffloadedTensor:
@@ -342,7 +368,7 @@ def _run_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], targe
         if weight not in bases:
             others = [a for a in tree_flatten((args[1:], kwargs))[0] if isinstance(a, OffloadedTensor)]
             overwritten = func is aten.copy_.default and target.is_whole and all(a.weight is not weight for a in others)
-            bases[weight] = weight.layout.empty() if overwritten else weight.residency.load_private(weight)
+            bases[weight] = weight.layout.empty() if overwritten else private_values(weight)
     real = {id(target): target.of(bases[target.weight]) for target in targets}
     if func.overloadpacket in (aten.set_, aten.resize_, aten.resize_as_):
         _refuse_new_storage(func, targets[0], real[id(targets[0])], args)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 from torch import nn
 
 from pylomin.errors import PassError
-from pylomin.lazy.offload import find_ties, offload, residency_for, slots_of
-from pylomin.lazy.sources import written_sources
 from pylomin.lazy.tensor import OffloadedTensor
-from pylomin.passes.lazy_loading import check_parameter
-from pylomin.passes.selection import ModuleT, check_model, select_modules
+from pylomin.passes.lazy_loading import offload_modules
+from pylomin.passes.selection import ModuleT, check_model, named_or_given
 from pylomin.residency.limits import format_bytes
 
 
@@ -45,13 +42,7 @@ def chunked_embedding(
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
         raise PassError(f"chunk_size is {chunk_size!r}; expected a number of rows, at least 1.")
     targets = _targets(model, target_module_name, target_modules)
-    ties = [tie for tie in find_ties(slots_of(model)) if any(slot.module in targets for slot in tie.slots)]
-    in_memory = [tie for tie in ties if not isinstance(tie.parameter, OffloadedTensor)]
-    for tie in in_memory:
-        check_parameter(tie)
-    if in_memory:
-        residency = residency_for(model)
-        offload(model, in_memory, written_sources(in_memory, residency, None), residency)
+    offload_modules(model, targets)
     for module in targets:
         table = module.weight
         assert isinstance(table, OffloadedTensor)
@@ -60,29 +51,11 @@ def chunked_embedding(
 
 
 def _targets(model: nn.Module, name: str | None, modules: Iterable[nn.Module] | None) -> list[nn.Embedding]:
-    if (name is None) == (modules is None):
-        raise PassError(
-            f"give either target_module_name or target_modules. Embeddings of this model: {_embeddings(model)}."
-        )
-    if name is None:
-        found = select_modules(model, target_modules=modules)
-    else:
-        try:
-            found = [model.get_submodule(name)]
-        except AttributeError:
-            similar = get_close_matches(name, [n for n, _ in model.named_modules()], n=1)
-            hint = f" (similar: '{similar[0]}')" if similar else ""
-            raise PassError(
-                f"the model has no module '{name}'{hint}. Embeddings of this model: {_embeddings(model)}."
-            ) from None
-    if not found:
-        raise PassError(f"target_modules is empty. Embeddings of this model: {_embeddings(model)}.")
+    choices = f"Embeddings of this model: {_embeddings(model)}."
     targets: list[nn.Embedding] = []
-    for module in found:
+    for module in named_or_given(model, name, modules, choices=choices):
         if not isinstance(module, nn.Embedding):
-            raise PassError(
-                f"{type(module).__name__} is no nn.Embedding. Embeddings of this model: {_embeddings(model)}."
-            )
+            raise PassError(f"{type(module).__name__} is no nn.Embedding. {choices}")
         if module.max_norm is not None:
             raise PassError(
                 f"{module} has max_norm, which rewrites the rows that are looked up; that cannot be done by chunks. "

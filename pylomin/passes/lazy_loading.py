@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from pylomin.errors import PassError
+from pylomin.io.modes import Mode
 from pylomin.lazy.offload import (
     Tie,
     check_budget,
+    check_mode,
     find_ties,
     offload,
     offloaded_slots,
@@ -39,6 +41,7 @@ def lazy_loading(
     storage: Literal["disk", "cpu"] = "disk",
     output_dir: str | os.PathLike[str] | None = None,
     memory_budget: int | str | None = None,
+    reading_mode: Mode | None = None,
 ) -> ModuleT:
     """Keep the weights of ``model`` out of memory but while they are used.
 
@@ -57,6 +60,9 @@ def lazy_loading(
             removed when the model is gone.
         memory_budget: ceiling, in bytes (int, or a string such as ``"512MiB"``), on weights that are in memory at one
             time; as many as fit stay. Default: weights leave as soon as they were used.
+        reading_mode: ``"mapped"`` (pages of the file are used where they are, without a copy), ``"buffered"`` (copied
+            through the page cache) or ``"direct"`` (read past it). Default: what suits the file and the memory that is
+            free, chosen anew now and then; :func:`pylomin.stats` says which and why.
 
     Returns:
         ``model``, with the same outputs, names and hooks. :func:`pylomin.restore` undoes it. A second call offloads
@@ -64,7 +70,8 @@ def lazy_loading(
 
     Raises:
         PassError: an argument, or a parameter of the model, that this cannot work with. The model is unchanged.
-        BudgetError: ``memory_budget`` is smaller than the largest group of weights used together.
+        BudgetError: ``memory_budget`` is smaller than the largest group of weights used together. Of a linear, that
+            is its bias and two rows: what does not fit twice runs by tiles; see :func:`pylomin.chunked_linear`.
         WeightNotFoundError, WeightMismatchError: ``weights`` are not this model's.
         ScratchError: the weights could not be written.
 
@@ -80,6 +87,7 @@ def lazy_loading(
         raise PassError("storage='cpu' keeps the values in memory, and weights= reads them from a store; give one.")
     if output_dir is not None and (storage == "cpu" or weights is not None):
         raise PassError("output_dir is for weights that are written; with storage='cpu' or weights=, none are.")
+    check_mode(reading_mode)
     execution_device = None if device is None else torch.empty(0, device=device).device
     targets = select_modules(
         model, target_classes=target_classes, target_modules=target_modules, skip_modules=skip_modules
@@ -100,7 +108,15 @@ def lazy_loading(
         sources = memory_sources(ties)
     else:
         sources = written_sources(ties, residency, output_dir)
-    offload(model, ties, sources, residency, device=execution_device, memory_budget=budget)
+    offload(
+        model,
+        ties,
+        sources,
+        residency,
+        device=execution_device,
+        memory_budget=budget,
+        reading_mode=reading_mode,
+    )
     return model
 
 
@@ -143,3 +159,23 @@ def check_parameter(tie: Tie, *, has_weights: bool = False) -> None:
         problem = "is on the meta device and has no values; pass weights=, or build with pylomin.load"
     if problem is not None:
         raise PassError(f"parameter '{tie.fqn}' {problem} (skip_modules=[...] keeps a module in memory).")
+
+
+def offload_modules(model: nn.Module, targets: Iterable[nn.Module]) -> None:
+    """Offload what ``targets`` still have in memory, with what is tied to it.
+
+    Raises:
+        PassError: a parameter cannot be offloaded. The model is unchanged.
+        ScratchError: the weights could not be written.
+    """
+    wanted = set(targets)
+    ties = [
+        tie
+        for tie in find_ties(slots_of(model))
+        if any(slot.module in wanted for slot in tie.slots) and not isinstance(tie.parameter, OffloadedTensor)
+    ]
+    for tie in ties:
+        check_parameter(tie)
+    if ties:
+        residency = residency_for(model)
+        offload(model, ties, written_sources(ties, residency, None), residency)

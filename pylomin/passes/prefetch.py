@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+import os
+
 from pylomin.errors import PassError
-from pylomin.lazy.offload import check_budget, offloaded_footprints, residencies_of, want_prefetch
+from pylomin.lazy.offload import residencies_of, want_prefetch
+from pylomin.passes.memory_budget import set_memory_budget
+from pylomin.passes.planning import adoption
 from pylomin.passes.selection import ModuleT, check_model
-from pylomin.residency.limits import parse_bytes
+from pylomin.residency.plan import Plan
 
 
-def prefetch(model: ModuleT, *, depth: int | None = None, memory_budget: int | str | None = None) -> ModuleT:
+def prefetch(
+    model: ModuleT,
+    *,
+    depth: int | None = None,
+    memory_budget: int | str | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+) -> ModuleT:
     """Read weights in the background before they are used, in the order recorded so far.
 
-    The first forward has no order to go by and loads on demand. A wrong prediction costs a read, never a wrong result,
-    and never the budget: what is needed now goes before what may be needed next.
+    The first forward has no order to go by and loads on demand, unless there is a plan of an earlier run. A wrong
+    prediction costs a read, never a wrong result, and never the budget: what is needed now goes before what may be
+    needed next. Where weights are mapped (see ``reading_mode`` of :func:`pylomin.lazy_loading`), there is nothing to
+    wait for, and nothing is read ahead.
 
     Args:
         model: changed in place and returned. If nothing of it is offloaded yet, the pass takes effect when
             ``lazy_loading`` is applied to it.
         depth: how many groups to read ahead; small ones, which are read faster than a thread wakes, do not count.
-            Default: 1. A second call changes it.
+            Default: 1, or under a memory budget as many as its window holds. A second call changes it.
         memory_budget: a new budget, as in :func:`pylomin.lazy_loading`. Default: unchanged.
+        plan: of an earlier run of the same model: a :class:`Plan`, or the file that ``pylomin.plan_of(model).save``
+            wrote. What stays is decided anew, for the present budget.
 
     Raises:
-        PassError: ``depth`` is out of range, or there is nothing yet that ``memory_budget`` could apply to.
-        BudgetError: ``memory_budget`` is smaller than the largest group. The model is unchanged.
+        PassError: ``depth`` is out of range, or there is nothing yet that ``memory_budget`` or ``plan`` could apply to.
+        PlanError: the plan was made for another model. The model is unchanged.
+        BudgetError: ``memory_budget`` is too small, as in :func:`pylomin.lazy_loading`. The model is unchanged.
     """
     check_model(model)
-    depth = 1 if depth is None else depth
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
         raise PassError(f"depth is {depth!r}; expected an int of at least 1.")
     residencies = residencies_of(model)
     if not residencies:
-        if memory_budget is not None:
+        if memory_budget is not None or plan is not None:
             raise PassError(
-                "nothing in this model is offloaded yet, so there is no budget to set. Pass memory_budget to "
-                "lazy_loading, or apply prefetch after it."
+                "nothing in this model is offloaded yet, so there is no budget to set and nothing to plan for. Pass "
+                "memory_budget to lazy_loading, or apply prefetch after it."
             )
         want_prefetch(model, depth)
+    adopt = None if plan is None else adoption(model, plan)
     if memory_budget is not None:
-        budget = parse_bytes(memory_budget)
-        check_budget(offloaded_footprints(model), budget)
-        for residency in residencies:
-            residency.set_budget(budget)
+        set_memory_budget(model, memory_budget)
     for residency in residencies:
         residency.set_depth(depth)
+    if adopt is not None:
+        adopt()
     return model

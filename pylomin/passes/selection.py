@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from torch import nn
@@ -57,6 +58,30 @@ def select_modules(
     wanted = set(modules or [])
     of_class = tuple(classes or ())
     return [m for m in inside if m not in never and (m in wanted or isinstance(m, of_class))]
+
+
+def named_or_given(
+    model: nn.Module, target_module_name: str | None, target_modules: Iterable[nn.Module] | None, *, choices: str
+) -> list[nn.Module]:
+    """The module of that name, or the modules in the other argument.
+
+    Raises:
+        TypeError: something in an argument has the wrong type.
+        PassError: both arguments or none, nothing in them, or no part of the model; ends with ``choices``.
+    """
+    if (target_module_name is None) == (target_modules is None):
+        raise PassError(f"give either target_module_name or target_modules. {choices}")
+    if target_module_name is None:
+        found = select_modules(model, target_modules=target_modules)
+        if not found:
+            raise PassError(f"target_modules is empty. {choices}")
+        return found
+    try:
+        return [model.get_submodule(target_module_name)]
+    except AttributeError:
+        similar = get_close_matches(target_module_name, [name for name, _ in model.named_modules()], n=1)
+        hint = f" (similar: '{similar[0]}')" if similar else ""
+        raise PassError(f"the model has no module '{target_module_name}'{hint}. {choices}") from None
 
 
 def _checked(items: Iterable[object], argument: str, kind: type) -> list[Any]:

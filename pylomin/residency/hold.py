@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pylomin.errors import BudgetError
 from pylomin.residency.weight import Weight
 
 if TYPE_CHECKING:
@@ -19,20 +20,26 @@ class Hold:
     entering the block.
     """
 
-    __slots__ = ("claimed", "counted", "pinned", "residency", "thread_id", "unsettled", "weights")
+    __slots__ = ("claimed", "counted", "group", "pinned", "residency", "thread_id", "unsettled", "weights")
 
-    def __init__(self, residency: Residency, weights: Sequence[Weight]) -> None:
+    def __init__(self, residency: Residency, weights: Sequence[Weight], group: Sequence[Weight] | None) -> None:
         self.pinned: list[Weight] = []
         self.unsettled: list[Loaded] = []  # let go, and not decided yet whether it stays
         self.claimed: list[Weight] = []  # being loaded by this hold
         self.counted = False  # among the holds of its thread
         self.residency = residency
         self.weights = weights
+        self.group = group  # if given, what is too large for now may be used by tiles instead
         self.thread_id = threading.get_ident()
 
     def __enter__(self) -> None:
         try:
             self.residency.acquire(self)
+        except BudgetError:
+            self.residency.release(self)
+            if not self.residency.use_by_tiles(self):
+                raise
+            self.__enter__()
         except BaseException:
             self.residency.release(self)
             raise

@@ -1,20 +1,28 @@
-"""From bytes in a store to tensors: sizes first, then memory, then one read, then conversions."""
+"""From bytes in a store to tensors: places first, then memory, then reads, then conversions."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pylomin.errors import without_frames
-from pylomin.io.buffers import BufferPool, aligned
+from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
+from pylomin.io.files import Extent, WeightFile
+from pylomin.io.modes import Mode
+from pylomin.io.placed import Placement, place
+from pylomin.residency.reading import Reading
 from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
+from pylomin.store.extents import StoredWeight, read_placed
 
 Attach = Callable[[torch.Tensor], None]
+
+SMALL_READ_BYTES = 64 << 10  # 64 KiB; so little is copied faster than it is mapped, and not worth a direct read
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,17 @@ class Piece:
     @property
     def stored_bytes(self) -> int:
         return self.layouts()[0].nbytes
+
+    @property
+    def stored(self) -> StoredWeight | None:
+        """Where in a file it is, if that is one run of bytes."""
+        return self.source.stored if self.runs is None or len(self.runs) == 1 else None
+
+    def extent(self, stored: StoredWeight) -> Extent:
+        if self.runs is None:
+            return stored.extent
+        (start, stop), itemsize = self.runs[0], self.source.layout.dtype.itemsize
+        return Extent(stored.extent.start + start * itemsize, stored.extent.start + stop * itemsize)
 
     def requests(self, destination: memoryview) -> list[ReadRequest]:
         name, itemsize = self.source.name, self.source.layout.dtype.itemsize
@@ -74,83 +93,159 @@ def _copied_when_written(stored: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(slots=True)
+class _FromFile:
+    """Pieces that are extents of one file, and where they come to lie."""
+
+    file: WeightFile
+    pieces: list[int] = field(default_factory=list)  # positions in the list that is loaded
+    extents: list[Extent] = field(default_factory=list)
+    placement: Placement = field(init=False)
+    buffer: Any = None
+
+    def place(self, mode: Mode) -> None:
+        small = sum(extent.nbytes for extent in self.extents) < SMALL_READ_BYTES
+        self.placement = place(self.extents, "buffered" if small else mode)
+
+    @property
+    def memory_bytes(self) -> int:
+        placement = self.placement
+        if placement.mode == "mapped":
+            return aligned(placement.buffer_bytes, PAGE_BYTES)
+        return block_bytes(placement.buffer_bytes)
+
+
 class Room:
-    """Memory set aside in the pool for a list of pieces. What is not used goes back when this object dies."""
+    """Where a list of pieces comes to lie in memory; what each of them is read from and converted to."""
 
-    buffer: ctypes.Array[ctypes.c_char] | None
-    conversions: list[Attach]
-
-
-def needed_bytes(pieces: Sequence[Piece]) -> tuple[int, list[int]]:
-    """Bytes of the one buffer that the pieces are read into, and of the tensor of each conversion."""
-    buffer = sum(aligned(piece.stored_bytes) for piece in pieces if piece.source.memory is None)
-    return buffer, [step.nbytes for piece in pieces for step in piece.layouts()[1:]]
-
-
-def try_reserve(pool: BufferPool, pieces: Sequence[Piece]) -> Room | None:
-    """Room for the pieces, or None where the budget leaves none."""
-    buffer_bytes, converted_bytes = needed_bytes(pieces)
-    room = Room(None, [])
-    if buffer_bytes:
-        room.buffer = pool.try_take(buffer_bytes)
-        if room.buffer is None:
-            return None
-    for nbytes in converted_bytes:
-        attach = pool.try_adopt(nbytes)
-        if attach is None:
-            return None
-        room.conversions.append(attach)
-    return room
-
-
-def load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
-    """Read and convert; one tensor for each piece, in the execution layout. Needs no lock."""
-    # Loading is no part of what surrounds it: transforms, and modes that watch or fake operations.
-    with torch._C._DisableFuncTorch():
-        if not torch._C._len_torch_dispatch_stack():  # the common case; importing what disables modes takes a second
-            return _load(pieces, room)
-        with _disable_current_modes():
-            return _load(pieces, room)
-
-
-def _load(pieces: Sequence[Piece], room: Room) -> list[torch.Tensor]:
-    try:
-        tensors = _read(pieces, room.buffer)
-    except BaseException as error:
-        room.buffer = None
-        room.conversions.clear()
-        raise without_frames(error)  # noqa: B904
-    attach = iter(room.conversions)
-    with torch.inference_mode(False), torch.no_grad():
+    def __init__(self, pieces: Sequence[Piece], reading: Reading) -> None:
+        self.pieces = pieces
+        self.reading = reading
+        self.from_files: dict[int, _FromFile] = {}  # by id of the file
+        self.packed: list[tuple[int, int]] = []  # (piece, offset) of those that a store reads itself
+        self.packed_bytes = 0
+        self.buffer: ctypes.Array[ctypes.c_char] | None = None
+        self.conversions: list[Attach] = []
         for i, piece in enumerate(pieces):
-            for layout in piece.layouts()[1:]:
-                converted = layout.empty().copy_(tensors[i])
-                next(attach)(converted)
-                tensors[i] = converted
-    return tensors
+            nbytes = piece.stored_bytes
+            if piece.source.memory is not None or nbytes == 0:
+                continue
+            if (stored := piece.stored) is not None:
+                part = self.from_files.setdefault(id(stored.file), _FromFile(stored.file))
+                part.pieces.append(i)
+                part.extents.append(piece.extent(stored))
+            else:
+                self.packed.append((i, self.packed_bytes))
+                self.packed_bytes += aligned(nbytes)
+        for part in self.from_files.values():
+            part.place(reading.mode)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory that the stored bytes are read into."""
+        return block_bytes(self.packed_bytes) + sum(part.memory_bytes for part in self.from_files.values())
+
+    @property
+    def converted_bytes(self) -> list[int]:
+        return [step.nbytes for piece in self.pieces for step in piece.layouts()[1:]]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that loading takes at one time, as the pool counts it."""
+        return self.stored_bytes + sum(self.converted_bytes)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that stays when all is loaded: the last conversion of each piece, or what it was read into."""
+        if all(piece.conversions for piece in self.pieces):
+            return sum(piece.layouts()[-1].nbytes for piece in self.pieces)
+        return self.peak_bytes
+
+    def try_take(self, pool: BufferPool) -> bool:
+        """Take the memory; False where the budget leaves none, and all goes back when this object dies."""
+        for part in self.from_files.values():
+            part.buffer = part.placement.try_take(pool)
+            if part.buffer is None:
+                return False
+        if self.packed_bytes:
+            self.buffer = pool.try_take(self.packed_bytes)
+            if self.buffer is None:
+                return False
+        for nbytes in self.converted_bytes:
+            attach = pool.try_adopt(nbytes)
+            if attach is None:
+                return False
+            self.conversions.append(attach)
+        return True
+
+    def clear(self) -> None:
+        """Give the memory back as far as no tensor views it."""
+        self.buffer = None
+        self.conversions.clear()
+        for part in self.from_files.values():
+            part.buffer = None
+
+    def load(self) -> list[torch.Tensor]:
+        """Read and convert; one tensor for each piece, in the execution layout. Once; needs no lock."""
+        # Loading is no part of what surrounds it: transforms, and modes that watch or fake operations.
+        with torch._C._DisableFuncTorch():
+            if not torch._C._len_torch_dispatch_stack():  # the common case; importing what disables modes is slow
+                return self._load()
+            with _disable_current_modes():
+                return self._load()
+
+    def _load(self) -> list[torch.Tensor]:
+        try:
+            tensors = self._read()
+        except BaseException as error:
+            self.clear()
+            raise without_frames(error)  # noqa: B904
+        if self.conversions:
+            attach = iter(self.conversions)
+            with torch.inference_mode(False), torch.no_grad():
+                for i, piece in enumerate(self.pieces):
+                    for layout in piece.layouts()[1:]:
+                        converted = layout.empty().copy_(tensors[i])
+                        next(attach)(converted)
+                        tensors[i] = converted
+        self.clear()
+        return tensors
+
+    def _read(self) -> list[torch.Tensor]:
+        pieces = self.pieces
+        placed: list[tuple[Any, int] | None] = [None] * len(pieces)  # buffer, offset
+        for part in self.from_files.values():
+            names = [pieces[i].source.name for i in part.pieces]
+            read_placed(part.file, part.placement, names, part.buffer, drop_cache=self.reading.drop_cache)
+            for i, offset in zip(part.pieces, part.placement.offsets, strict=True):
+                placed[i] = (part.buffer, offset)
+        if self.packed:
+            assert self.buffer is not None
+            view = memoryview(self.buffer).cast("B")
+            requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
+            for i, offset in self.packed:
+                store = pieces[i].source.store
+                destination = view[offset : offset + pieces[i].stored_bytes]
+                requests.setdefault(id(store), (store, []))[1].extend(pieces[i].requests(destination))
+                placed[i] = (self.buffer, offset)
+            for store, wanted in requests.values():
+                store.read(wanted)
+        # Tensors that are born in inference mode cannot be saved for backward later.
+        with torch.inference_mode(False):
+            return [self._tensor(piece, where) for piece, where in zip(pieces, placed, strict=True)]
+
+    @staticmethod
+    def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
+        if piece.source.memory is not None:
+            return piece.stored_tensor(piece.source.memory)
+        layout = piece.layouts()[0]
+        if where is None:
+            return layout.empty()
+        buffer, offset = where
+        flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
+        return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
 
 
-def _read(pieces: Sequence[Piece], buffer: ctypes.Array[ctypes.c_char] | None) -> list[torch.Tensor]:
-    view = memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
-    requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
-    tensors: list[torch.Tensor] = []
-    position = 0
-    # Tensors that are born in inference mode cannot be saved for backward later.
-    with torch.inference_mode(False):
-        for piece in pieces:
-            source, layout = piece.source, piece.layouts()[0]
-            if source.memory is not None:
-                tensors.append(piece.stored_tensor(source.memory))
-                continue
-            if layout.nbytes == 0:
-                tensors.append(layout.empty())
-                continue
-            assert buffer is not None
-            destination = view[position : position + layout.nbytes]
-            requests.setdefault(id(source.store), (source.store, []))[1].extend(piece.requests(destination))
-            flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=position)
-            tensors.append(flat.as_strided(layout.shape, layout.stride))
-            position += aligned(layout.nbytes)
-    for store, wanted in requests.values():
-        store.read(wanted)
-    return tensors
+def try_reserve(pool: BufferPool, pieces: Sequence[Piece], reading: Reading) -> Room | None:
+    """Room for the pieces, or None where the budget leaves none."""
+    room = Room(pieces, reading)
+    return room if room.try_take(pool) else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
+
+import torch
 
 from pylomin.residency import loading
 from pylomin.residency.trace import Key
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
     from pylomin.residency.residency import Residency
 
 SMALL_GROUP_BYTES = 256 << 10  # 256 KiB; reading so little inline is quicker than waking a thread for it
-LOOKAHEAD = 8  # groups, small ones included, among which the ones to prefetch are looked for
+FORK_CHECK_S = 1.0  # who waits for the thread looks so often whether this is the process that has it
+MOST_PLANNED = 8  # groups to read ahead by a plan, where its window has room; more gain nothing
 
 
 class Prefetcher:
@@ -27,12 +31,16 @@ class Prefetcher:
     It does not know the residency it works for, but while a read is under way; so it keeps no model alive. The thread
     starts with the first read, and ends with :meth:`close`, with this object, and before the interpreter does. It is
     our own and fed by a SimpleQueue because those of concurrent.futures can be left locked by a KeyboardInterrupt.
+
+    Args:
+        depth: large groups to read ahead; None: one, or where there is a plan as many as its window holds.
     """
 
-    def __init__(self, depth: int) -> None:
-        self.depth = depth  # large groups to read ahead
+    def __init__(self, depth: int | None) -> None:
+        self.fixed_depth = depth
+        self.depth = depth or 1
         self._jobs: set[_Job] = set()  # given to the thread, and neither finished nor abandoned
-        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Job | RunAhead | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
@@ -45,24 +53,23 @@ class Prefetcher:
             _end(self._queue, self._thread, os.getpid())
 
     def schedule(self, residency: Residency) -> None:
-        """Start reading what the trace says comes next. Under the residency's lock.
+        """Start reading what is used next. Under the residency's lock.
 
         Never takes memory from what is needed now: what finds no room is read when it is used.
         """
+        if residency.reads_inline:
+            return
         wanted = self._wanted(residency)
-        residency.drop_unused(wanted)
+        residency.drop_ahead(wanted)
         for weights in wanted.values():
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
                 continue
             pieces = [loading.Piece.of(weight) for weight in missing]
-            try:
-                room = loading.try_reserve(residency.pool, pieces)
-            except (MemoryError, OSError):  # the system has none left; what runs now must not fail for that
-                return
+            room = _reserve_ahead(residency, pieces)
             if room is None:
                 return
-            job = _Job(self._jobs, residency, missing, pieces, room)
+            job = _Job(self._jobs, residency, missing, room)
             try:
                 self._jobs.add(job)
                 residency.load_started(missing, in_background=True)
@@ -72,22 +79,40 @@ class Prefetcher:
                 job.abandon()
                 raise
 
+    def read_run(self, residency: Residency, weight: Weight, run: tuple[int, int]) -> RunAhead | None:
+        """Start reading one run of a weight for somebody who comes for it; None if it should not be read ahead.
+
+        Under the residency's lock.
+        """
+        piece = loading.Piece.of(weight, [run])
+        if residency.reads_inline or piece.stored_bytes < SMALL_GROUP_BYTES:
+            return None
+        room = _reserve_ahead(residency, [piece])
+        if room is None:
+            return None
+        ahead = RunAhead(residency, piece, room)
+        self._start_thread()
+        self._queue.put(ahead)
+        return ahead
+
+    def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
+        retention = residency.retention
+        most = self.depth if retention.schedule is None else self.fixed_depth or MOST_PLANNED
+        wanted: dict[Key, list[Weight]] = {}
+        for key in retention.ahead():
+            weights = [weight for weight in residency.weights_of(key) if not weight.tiled]
+            if sum([weight.nbytes for weight in weights]) >= SMALL_GROUP_BYTES:
+                wanted[key] = weights
+                if len(wanted) == most:
+                    break
+        return wanted
+
     def _start_thread(self) -> None:
         if self._thread is None:
             thread = threading.Thread(target=_serve, args=(self._queue,), name="pylomin-prefetch", daemon=True)
             weakref.finalize(self, _end, self._queue, thread, os.getpid())
             thread.start()
             self._thread = thread
-
-    def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
-        wanted: dict[Key, list[Weight]] = {}
-        for key in residency.trace.upcoming(LOOKAHEAD):
-            weights = residency.weights_of(key)
-            if sum(weight.nbytes for weight in weights) >= SMALL_GROUP_BYTES:
-                wanted[key] = weights
-                if len(wanted) == self.depth:
-                    break
-        return wanted
 
 
 @dataclass(eq=False, slots=True)
@@ -97,12 +122,12 @@ class _Job:
     under_way: set[_Job]  # of its prefetcher; this is in it until it has finished or was abandoned
     residency: Residency
     weights: Sequence[Weight]
-    pieces: Sequence[loading.Piece]
     room: loading.Room
 
     def run(self) -> None:
+        started = time.perf_counter()
         try:
-            tensors = loading.load(self.pieces, self.room)
+            tensors = self.room.load()
         except BaseException as error:  # whatever a store raises: a forward may be waiting
             with self.residency.lock:
                 if self in self.under_way:
@@ -113,7 +138,8 @@ class _Job:
         with self.residency.lock:
             if self in self.under_way:
                 self.under_way.remove(self)
-                self.residency.load_finished(self.weights, tensors)
+                self.residency.load_finished(self.weights, self.room, tensors, time.perf_counter() - started)
+                self.residency.read_on()
 
     def abandon(self) -> None:
         with self.residency.lock:
@@ -121,14 +147,65 @@ class _Job:
             self.residency.load_failed(self.weights)
 
 
-def _serve(queue: SimpleQueue[_Job | None]) -> None:
+class RunAhead:
+    """One run of a weight that is read in the background, for one caller."""
+
+    def __init__(self, residency: Residency, piece: loading.Piece, room: loading.Room) -> None:
+        self._residency = residency
+        self._piece = piece
+        self._room = room
+        self._pid = os.getpid()
+        self._tensor: torch.Tensor | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._tensor = self._room.load()[0]
+        except BaseException as error:  # for the caller
+            self._error = error.with_traceback(None)
+        else:
+            self._residency.run_was_read(self._piece, time.perf_counter() - started)
+        finally:
+            self._done.release()
+
+    def values(self) -> torch.Tensor | None:
+        """The elements, waited for; None in a forked child, where nobody reads. Called once.
+
+        Raises what the read raised.
+        """
+        started = time.perf_counter()
+        while not self._done.acquire(timeout=FORK_CHECK_S):
+            if os.getpid() != self._pid:
+                return None
+        self._residency.waited(time.perf_counter() - started)
+        if self._error is not None:
+            raise self._error
+        tensor, self._tensor = self._tensor, None
+        return tensor
+
+
+def _reserve_ahead(residency: Residency, pieces: Sequence[loading.Piece]) -> loading.Room | None:
+    room = loading.Room(pieces, residency.reading)
+    room_bytes = residency.room_ahead_bytes()
+    if room_bytes is not None and room.peak_bytes > room_bytes:
+        return None
+    try:
+        return room if room.try_take(residency.pool) else None
+    except (MemoryError, OSError):  # the system has none left; what runs now must not fail for that
+        return None
+
+
+def _serve(queue: SimpleQueue[_Job | RunAhead | None]) -> None:
     while (job := queue.get()) is not None:
         job.run()
         del job  # or this thread would keep the model alive while it waits
     queue.put(None)  # for another thread: an interrupt may have come while the first was started
 
 
-def _end(queue: SimpleQueue[_Job | None], thread: threading.Thread, owner_pid: int) -> None:
+def _end(queue: SimpleQueue[_Job | RunAhead | None], thread: threading.Thread, owner_pid: int) -> None:
     """Runs also in finalizers: in the thread itself, where the last reference was its own, and in forked children."""
     if os.getpid() == owner_pid:
         queue.put(None)

@@ -9,25 +9,33 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from pylomin.errors import BudgetError, ScratchError, without_frames
-from pylomin.io.buffers import BufferPool
+from pylomin.io.buffers import BufferPool, aligned, block_bytes
+from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.hold import Hold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
-from pylomin.residency.prefetcher import Prefetcher
+from pylomin.residency.prefetcher import Prefetcher, RunAhead
+from pylomin.residency.reading import Reading, choose_reading
+from pylomin.residency.recording import Measured, Recording
+from pylomin.residency.retention import Retention
+from pylomin.residency.simulation import Group
 from pylomin.residency.stats import Stats
-from pylomin.residency.trace import Key, Trace
+from pylomin.residency.tiling import bytes_per_tile, tile_rows
+from pylomin.residency.trace import Key
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout
 from pylomin.store.scratch import ScratchDirectory
 
 RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
+REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
+REVIEW_S = 1.0
 GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
 
 
@@ -60,9 +68,10 @@ class Loaded:
     """What one read brought into memory; it leaves together, because it lies in one buffer."""
 
     members: Key
-    nbytes: int
-    kept: bool = False  # a resident: counted against the part of the budget outside the window
+    nbytes: int  # that it takes in the ledger
+    kept: bool = False  # it stays when nobody holds it; counted against the part of the budget outside the window
     used: bool = False
+    last_use: int = 0  # number of the use
     spoiled: bool = False  # written to, and the write could not be kept
 
 
@@ -75,16 +84,21 @@ class Residency:
 
     def __init__(self, memory_budget: int | None = None) -> None:
         self.pool = BufferPool(memory_budget)
-        self.trace = Trace()
+        self.retention = Retention()
+        self.reading = Reading()
+        self._requested_mode: Mode | None = None
         self.scratch: ScratchDirectory | None = None
+        self.choices: dict[str, str] = {}  # what `fit` chose, and why
         self._stats = Stats()
         self._overlay = Overlay()
         self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
         self._weights_seen = 0
-        self._total_bytes = 0  # if all weights were in memory
+        self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
         self._prefetcher: Prefetcher | None = None
-        self._idle: dict[Loaded, None] = {}  # resident and not held, oldest first
+        self._in_memory: dict[Loaded, None] = {}  # oldest first
+        self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
+        self._uses = 0
         self._kept_bytes = 0
         self._largest_bytes = 0  # of anything loaded together so far
         self._holders: Counter[int] = Counter()  # pins by thread
@@ -92,7 +106,11 @@ class Residency:
             int, Callable[[], bool]
         ] = {}  # threads that wait for memory, and whether they still need to
         self._waiters: list[_Waiter] = []
+        self._recording: Recording | None = None
+        self._review_at = REVIEW_USES  # number of the use at which the reading mode is chosen anew
+        self._reviewed_s = 0.0
         self.lock = threading.RLock()
+        self._plan(())
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
@@ -104,25 +122,33 @@ class Residency:
     def set_budget(self, memory_budget: int | None) -> None:
         """Takes effect now: what is idle and no longer fits leaves."""
         with self.lock:
-            if memory_budget is None:
-                for loaded in list(self._idle):
-                    self._drop(loaded)
-            while memory_budget is not None and self.pool.in_use_bytes() > memory_budget:
+            while memory_budget is None or self.pool.in_use_bytes() > memory_budget:
                 if not self._evict_one():
                     break
             self.pool.set_limit(memory_budget)
+            self._choose_reading()
+            self._plan(self.retention.order)
 
-    def set_depth(self, depth: int) -> None:
-        """Read this many large groups ahead; 0 ends prefetching."""
+    def set_reading_mode(self, mode: Mode | None) -> None:
+        """Read in this mode, wherever it is possible; None: in the one that suits."""
         with self.lock:
-            prefetcher, self._prefetcher = self._prefetcher, Prefetcher(depth) if depth else None
+            self._requested_mode = mode
+            self._choose_reading()
+            self._plan(self.retention.order)
+
+    def set_depth(self, depth: int | None) -> None:
+        """Read this many large groups ahead; None: as many as the plan's window holds, 0: none."""
+        with self.lock:
+            prefetcher, self._prefetcher = self._prefetcher, Prefetcher(depth) if depth != 0 else None
         if prefetcher is not None:
             prefetcher.close()  # outside the lock, which the running read needs to finish
         with self.lock:
-            self.drop_unused(wanted=())
+            self.drop_ahead(wanted=())
+            self._plan(self.retention.order)
 
     @property
     def depth(self) -> int:
+        """Large groups that are read ahead where there is no plan."""
         return self._prefetcher.depth if self._prefetcher is not None else 0
 
     def stats(self) -> Stats:
@@ -131,16 +157,50 @@ class Residency:
             return replace(
                 self._stats,
                 memory_budget=self.memory_budget,
+                reading_mode=self.reading.mode,
+                reading_why=self.reading.why,
                 resident_bytes=self.pool.in_use_bytes(),
                 peak_bytes=self.pool.peak_bytes,
             )
+
+    def start_recording(self) -> None:
+        """Record uses, of all threads, until :meth:`stop_recording`."""
+        with self.lock:
+            self._recording = Recording(self.stats())
+
+    def stop_recording(self) -> Measured | None:
+        """What was recorded; None if nothing was used."""
+        with self.lock:
+            recording, self._recording = self._recording, None
+            return recording.measured(self._stats) if recording is not None and recording.uses else None
+
+    def adopt(self, order: Sequence[Key], measured: Measured | None = None) -> None:
+        """Plan for uses in this order, before they are seen."""
+        with self.lock:
+            self.retention.learn(order, measured)
+            self._plan(order)
+
+    def footprints(self, order: Iterable[Key]) -> dict[Key, Group]:
+        """The memory that each group of an order takes."""
+        with self.lock:
+            return {key: self._footprint(key) for key in dict.fromkeys(order)}
 
     def copy(self) -> Residency:
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
         clone.scratch = self.scratch
-        clone.set_depth(self.depth)
+        clone.set_depth(self._prefetcher.fixed_depth if self._prefetcher is not None else 0)
         return clone
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all weights fit into the budget together; then what is used by rows is kept whole, too."""
+        budget = self.memory_budget
+        if budget is None:
+            return False
+        with self.lock:
+            self._forget_replaced()
+            return self._total_bytes <= budget
 
     def expect(self, nbytes: int) -> None:
         """A group of so many bytes will be loaded; the window must have room for it."""
@@ -158,14 +218,18 @@ class Residency:
 
     # -- use --------------------------------------------------------------------------------------------------------
 
-    def hold(self, weights: Sequence[Weight]) -> Hold:
+    def hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None = None) -> Hold:
         """``with residency.hold(weights):`` they are resident inside the block.
+
+        Args:
+            group: all weights that are used in the block, also those that load by tiles; default: ``weights``, all of
+                which have to be resident.
 
         Raises:
             BudgetError: they do not fit beside what is held now.
             StoreReadError: their bytes cannot be read, or could not in the background before.
         """
-        return Hold(self, weights)
+        return Hold(self, weights, group)
 
     def acquire(self, hold: Hold) -> None:
         with self.lock:
@@ -173,6 +237,9 @@ class Residency:
                 weight.holds += 1
                 hold.pinned.append(weight)
             self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] + 1, True
+            if not _any_not_resident(hold.weights):
+                self._used(hold, missed=False)
+                return
         missed, waiter = False, None
         while True:
             with self.lock:
@@ -190,22 +257,38 @@ class Residency:
                 continue
             missed = True
             started = time.perf_counter()
-            tensors = loading.load(*claim)
+            tensors = claim.load()
             with self.lock:
-                self.load_finished(hold.claimed, tensors)
+                stalled_s = time.perf_counter() - started
+                self.load_finished(hold.claimed, claim, tensors, stalled_s)
                 hold.claimed = []
-                self._stats.stall_s += time.perf_counter() - started
+                self._stats.stall_s += stalled_s
 
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
+        first_error: ScratchError | None = None
         with self.lock:
-            errors = [error for weight in hold.pinned if (error := self._keep_writes(weight)) is not None]
-            self.load_failed(hold.claimed)
-            hold.claimed = []
+            for weight in hold.pinned:
+                tensor = weight.tensor
+                if tensor is not None and tensor._version != weight.loaded_version:
+                    first_error = self._keep_writes(weight, tensor) or first_error
+            if hold.claimed:
+                self.load_failed(hold.claimed)
+                hold.claimed = []
             self._waiting.pop(hold.thread_id, None)
             self._unpin(hold)
-        if errors:
-            raise errors[0]
+        if first_error is not None:
+            raise first_error
+
+    def use_by_tiles(self, hold: Hold) -> bool:
+        """What did not fit is used by tiles from now on, where that is possible. Whether that changes anything."""
+        with self.lock:
+            for weight in hold.group or ():
+                weight.tiled = weight.tiled or tile_rows(weight, self.memory_budget) is not None
+        whole = [weight for weight in hold.weights if not weight.tiled]
+        changed = hold.group is not None and len(whole) < len(hold.weights)
+        hold.weights = whole if changed else hold.weights
+        return changed
 
     def load_private(self, weight: Weight) -> torch.Tensor:
         """All values, in a tensor that nobody else sees."""
@@ -227,11 +310,42 @@ class Residency:
                     self._stop_waiting(me, waiter)
             if room is None:
                 waiter.wait()
-        values = loading.load([piece], room)[0]
+        started = time.perf_counter()
+        values = room.load()[0]
+        read_s = time.perf_counter() - started
+        with self.lock:
+            self.run_was_read(piece, read_s)
+            self._stats.stall_s += read_s
+        return values
+
+    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
+
+        Where prefetching is on and there is room, the next run is read while this one is used.
+        """
+        ahead: RunAhead | None = None
+        for i, run in enumerate(runs):
+            values = ahead.values() if ahead is not None else None
+            if values is None:
+                values = self.load_runs(weight, [run])
+            ahead = None
+            if i + 1 < len(runs):
+                with self.lock:
+                    if self._prefetcher is not None:
+                        ahead = self._prefetcher.read_run(self, weight, runs[i + 1])
+            yield values
+            del values
+
+    def run_was_read(self, piece: loading.Piece, read_s: float) -> None:
         with self.lock:
             self._stats.loads += 1
             self._stats.bytes_read += piece.stored_bytes
-        return values
+            self._stats.read_s += read_s
+
+    def waited(self, seconds: float) -> None:
+        """Of a forward, for a run that is read in the background."""
+        with self.lock:
+            self._stats.stall_s += seconds
 
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""
@@ -253,7 +367,7 @@ class Residency:
 
     # -- under the lock ---------------------------------------------------------------------------------------------
 
-    def _claim(self, hold: Hold, waiter: _Waiter | None) -> tuple[list[loading.Piece], loading.Room] | None:
+    def _claim(self, hold: Hold, waiter: _Waiter | None) -> loading.Room | None:
         """Mark what is missing as loading, by this hold, and set memory aside; None if there is nothing to load now."""
         for weight in hold.weights:
             if (error := weight.error) is not None:
@@ -270,38 +384,101 @@ class Residency:
             return None
         hold.claimed = missing
         self.load_started(missing)
-        return pieces, room
+        return room
 
     def _used(self, hold: Hold, missed: bool) -> None:
+        self._uses += 1
         for weight in hold.weights:
             loaded: Loaded = weight.loaded
-            loaded.used = True
-            self._idle.pop(loaded, None)
-        self._stats.loads += missed
-        self._stats.hits += not missed
-        if any(weight.transient for weight in hold.weights):
-            return
-        self.trace.record(tuple(weight.index for weight in hold.weights))
+            loaded.last_use = self._uses
+            if not loaded.used:
+                loaded.used = True
+                self._ahead.pop(loaded, None)
+        if missed:
+            self._stats.loads += 1
+        else:
+            self._stats.hits += 1
+        group = hold.weights if hold.group is None else hold.group
+        for weight in group:
+            if weight.transient:
+                return
+        key = tuple([weight.index for weight in group])
+        if self._recording is not None:
+            self._recording.use(key, self._stats.stall_s)
+        order = self.retention.used(key)
+        if order is not None:
+            self._plan(order)
+            self.retention.resume(key)
+        if self._uses >= self._review_at:
+            self._review_reading()
         if self._prefetcher is not None:
             self._prefetcher.schedule(self)
+
+    def _plan(self, order: Sequence[Key]) -> None:
+        """Uses repeat in this order: decide what stays. What no longer does leaves now, or when it is released."""
+        for weight in list(self._weights.values()):
+            weight.tiled = tile_rows(weight, self.memory_budget) is not None
+        groups = self.footprints(order) if self.memory_budget is not None else {}
+        self.retention.plan(order, groups, self.memory_budget, reads_ahead=self.reads_ahead)
+        if self.retention.schedule is None:
+            return
+        for weight in list(self._weights.values()):
+            weight.tiled = weight.tiled and not self.retention.stays((weight.index,))
+        for loaded in list(self._in_memory):
+            if loaded.kept and self.retention.streams and not self.retention.stays(loaded.members):
+                loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
+                if not self._is_held(loaded):
+                    self._drop(loaded)
+
+    def _review_reading(self) -> None:
+        """Now and then: what was read may be cached by now, or memory may have become tight."""
+        before, now = self.reading.mode, time.perf_counter()
+        self._review_at = self._uses + max(len(self._weights), REVIEW_USES)
+        if self._requested_mode is None and now - self._reviewed_s > REVIEW_S:
+            self._choose_reading()
+            if self.reading.mode != before:
+                self._plan(self.retention.order)
+
+    def _choose_reading(self) -> None:
+        self._reviewed_s = time.perf_counter()
+        weights = [weight for weight in list(self._weights.values()) if not weight.transient]
+        kept_bytes = self.memory_budget or 2 * self._largest_bytes
+        self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+
+    def _footprint(self, key: Key) -> Group:
+        weights = self.weights_of(key)
+        whole_bytes = self._room_for(weights).resident_bytes
+        at_one_time = 2 if self.reads_ahead else 1
+        tiles_bytes = [at_one_time * bytes_per_tile(w, self.memory_budget) for w in weights if w.tiled]
+        if not tiles_bytes:
+            return Group(whole_bytes)
+        held = [weight for weight in weights if not weight.tiled]
+        return Group(whole_bytes, self._room_for(held).resident_bytes + max(tiles_bytes))
+
+    def _room_for(self, weights: Iterable[Weight]) -> loading.Room:
+        return loading.Room([loading.Piece.of(weight) for weight in weights], self.reading)
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
         for weight in weights:
             weight.state = State.LOADING
 
-    def load_finished(self, weights: Sequence[Weight], tensors: Sequence[torch.Tensor]) -> None:
-        loaded = Loaded(tuple(weight.index for weight in weights), sum(weight.peak_load_bytes for weight in weights))
+    def load_finished(
+        self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
+    ) -> None:
+        loaded = Loaded(tuple(weight.index for weight in weights), room.resident_bytes)
+        self._in_memory[loaded] = None
+        if not any(weight.holds for weight in weights):
+            self._ahead[loaded] = None
         with torch._C._DisableFuncTorch(), torch.inference_mode(False):
             for weight, tensor in zip(weights, tensors, strict=True):
                 weight.tensor = ResidentParameter(tensor, requires_grad=False)
                 weight.loaded_version = weight.tensor._version
                 weight.loaded = loaded
                 weight.state = State.RESIDENT
-        self._stats.bytes_read += sum(weight.source.layout.nbytes for weight in weights)
-        self._largest_bytes = max(self._largest_bytes, loaded.nbytes)
-        if all(weight.holds == 0 for weight in weights):
-            self._idle[loaded] = None
+        self._stats.bytes_read += sum(piece.stored_bytes for piece in room.pieces)
+        self._stats.read_s += read_s
+        self._largest_bytes = max(self._largest_bytes, room.peak_bytes)
         self._wake()
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
@@ -315,46 +492,67 @@ class Residency:
         # An interrupt is delivered at calls: between any two of them this can stop, and be taken up again.
         while hold.pinned:
             weight = hold.pinned[-1]
-            if weight.loaded is not None and weight.loaded not in hold.unsettled:
-                hold.unsettled.append(weight.loaded)
+            loaded: Loaded | None = weight.loaded
+            if loaded is not None and (not loaded.kept or loaded.spoiled) and loaded not in hold.unsettled:
+                hold.unsettled.append(loaded)
             weight.holds -= 1
             del hold.pinned[-1]
         if hold.counted:
             self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] - 1, False
         if self._holders[hold.thread_id] <= 0:
             self._holders.pop(hold.thread_id, None)
-        while hold.unsettled:
-            loaded = hold.unsettled[-1]
-            if all(member.holds == 0 for member in self._members(loaded)):
-                self._settle(loaded)
-            del hold.unsettled[-1]
-        self._wake()
+        if hold.unsettled:
+            while hold.unsettled:
+                loaded = hold.unsettled[-1]
+                if not self._is_held(loaded):
+                    self._settle(loaded)
+                del hold.unsettled[-1]
+            if self._prefetcher is not None:
+                self._prefetcher.schedule(self)
+        if self._waiters:
+            self._wake()
 
     def _settle(self, loaded: Loaded) -> None:
-        """Nobody holds it any more: it stays if it fits beside the window that others stream through.
-
-        So a fixed set stays, the first that fit: on a cyclic order it hits every time round, where keeping the
-        most recently used would never hit.
-        """
-        budget = self.memory_budget
-        if not loaded.kept and not loaded.spoiled and budget is not None:
-            self._forget_replaced()
-            window_bytes = (1 + self.depth) * self._largest_bytes if self._total_bytes > budget else 0
-            if self._kept_bytes + loaded.nbytes + window_bytes <= budget:
-                loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
-        if loaded.kept and not loaded.spoiled:
-            self._idle[loaded] = None
-        else:
+        """Nobody holds it any more: it stays if it is planned to, or if it fits beside the window."""
+        if loaded.spoiled or not self._may_stay(loaded):
             self._drop(loaded)
+        elif not loaded.kept:
+            loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
+
+    def _may_stay(self, loaded: Loaded) -> bool:
+        budget = self.memory_budget
+        if budget is None:
+            return False
+        if loaded.kept:
+            return True
+        self._forget_replaced()
+        window_bytes = (1 + self.depth) * self._largest_bytes if self._total_bytes > budget else 0
+        if self.retention.schedule is not None:
+            if self.retention.streams and not self.retention.stays(loaded.members):
+                return False
+            window_bytes = 0  # the plan has seen to it
+        room_bytes = budget - window_bytes - loaded.nbytes
+        if self._kept_bytes <= room_bytes:
+            return True
+        # The order is not known to repeat: in the place of what is predicted to be used later.
+        others = [other for other in self._in_memory if other.kept and not self._is_held(other)]
+        for other in self.retention.later(loaded, others, self._kept_bytes - room_bytes):
+            self._drop(other)
+        return self._kept_bytes <= room_bytes
 
     def _members(self, loaded: Loaded) -> list[Weight]:
         return [weight for weight in self.weights_of(loaded.members) if weight.loaded is loaded]
 
+    def _is_held(self, loaded: Loaded) -> bool:
+        return any(weight.holds for weight in self._members(loaded))
+
     def _drop(self, loaded: Loaded) -> None:
         if loaded.kept:
             loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
-        self._stats.wasted += not loaded.used
-        self._idle.pop(loaded, None)
+        if not loaded.used:
+            self._stats.wasted += 1
+            self._ahead.pop(loaded, None)
+        self._in_memory.pop(loaded, None)
         for weight in self._members(loaded):
             weight.state = State.OFFLOADED
             weight.tensor = weight.twin = weight.loaded = None
@@ -364,21 +562,16 @@ class Residency:
         """Weights that users replaced are gone, and what they took of the budget is free."""
         if len(self._weights) != self._weights_seen:
             self._weights_seen = len(self._weights)
-            self._total_bytes = sum(w.peak_load_bytes for w in list(self._weights.values()) if not w.transient)
-            for loaded in [loaded for loaded in self._idle if not self._members(loaded)]:
+            whole = [weight for weight in list(self._weights.values()) if not weight.transient]
+            self._total_bytes = sum(block_bytes(aligned(weight.peak_load_bytes)) for weight in whole)
+            for loaded in [loaded for loaded in self._in_memory if not self._members(loaded)]:
                 self._drop(loaded)
 
     def _evict_one(self) -> bool:
-        if self._idle:
-            # The newest: on a cyclic order the oldest is needed first.
-            self._drop(next(reversed(self._idle)))
-            return True
-        # What an interrupt left behind: neither held nor idle.
-        for weight in list(self._weights.values()):
-            if weight.state is State.RESIDENT and all(member.holds == 0 for member in self._members(weight.loaded)):
-                self._drop(weight.loaded)
-                return True
-        return False
+        idle = [loaded for loaded in self._in_memory if not self._is_held(loaded)]
+        if idle:
+            self._drop(self.retention.victim(idle))
+        return bool(idle)
 
     def _find_room(
         self,
@@ -390,12 +583,17 @@ class Residency:
     ) -> loading.Room | None:
         """Memory for ``pieces``; None if the caller has to wait for it, as long as ``needed``."""
         while True:
-            room = loading.try_reserve(self.pool, pieces)
+            room = loading.try_reserve(self.pool, pieces, self.reading)
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
             if not self._evict_one():
                 break
+        # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
+        room = loading.try_reserve(self.pool, pieces, Reading("buffered", self.reading.mode != "mapped"))
+        if room is not None:
+            self._waiting.pop(thread_id, None)
+            return room
         in_background = self._prefetcher is not None and self._prefetcher.in_flight
         if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
             waiter.hopeless += 1
@@ -420,8 +618,7 @@ class Residency:
 
     def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
-        buffer_bytes, converted_bytes = loading.needed_bytes(pieces)
-        needed_bytes = buffer_bytes + sum(converted_bytes)
+        needed_bytes = loading.Room(pieces, self.reading).peak_bytes
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
         return BudgetError(
             f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "
@@ -430,19 +627,40 @@ class Residency:
             f"traceback). Use memory_budget of at least {used_bytes + needed_bytes}, or run under torch.no_grad()."
         )
 
-    def drop_unused(self, wanted: Collection[Key]) -> None:
+    def drop_ahead(self, wanted: Collection[Key]) -> None:
+        """What was read ahead and is not used soon after all leaves."""
+        if not self._ahead:
+            return
         members = {index for key in wanted for index in key}
-        for loaded in [loaded for loaded in self._idle if not loaded.used]:
-            if members.isdisjoint(loaded.members):
-                self._drop(loaded)
+        for loaded in [loaded for loaded in self._ahead if members.isdisjoint(loaded.members)]:
+            self._drop(loaded)
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self._prefetcher is not None and not self.reads_inline
+
+    @property
+    def reads_inline(self) -> bool:
+        """Reading ahead would cost more than it saves: there is nothing to copy."""
+        return self.reading.mode == "mapped"
+
+    def read_on(self) -> None:
+        """Under the lock: a background read has finished, and another can be begun."""
+        if self._prefetcher is not None and self.retention.schedule is not None:
+            self._prefetcher.schedule(self)
+
+    def room_ahead_bytes(self) -> int | None:
+        """What may be read ahead without taking the place of residents that are still to be loaded; None: no limit."""
+        budget, schedule = self.memory_budget, self.retention.schedule
+        if budget is None or schedule is None:
+            return budget
+        missing_bytes = max(0, budget - schedule.window_bytes - self._kept_bytes)
+        return budget - self.pool.in_use_bytes() - missing_bytes
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
-    def _keep_writes(self, weight: Weight) -> ScratchError | None:
+    def _keep_writes(self, weight: Weight, tensor: torch.Tensor) -> ScratchError | None:
         """A forward that wrote to its resident weight wrote to the weight; or did not, and here is why."""
-        tensor = weight.tensor
-        if tensor is None or tensor._version == weight.loaded_version:
-            return None
         weight.loaded_version = tensor._version
         try:
             self._redirect(weight, tensor)
@@ -456,7 +674,7 @@ class Residency:
         self._redirect(weight, values)
         if weight.tensor is None:
             return
-        if all(member.holds == 0 for member in self._members(weight.loaded)):
+        if not self._is_held(weight.loaded):
             self._drop(weight.loaded)
         else:  # a forward that runs now sees the new values, as it would in an ordinary model
             with torch.no_grad():
@@ -477,14 +695,14 @@ class Residency:
         self.lock = threading.RLock()
         self._waiters, self._waiting = [], {}
         self._overlay.reset_after_fork()
-        self._prefetcher = Prefetcher(self.depth) if self.depth else None
+        self._prefetcher = Prefetcher(self._prefetcher.fixed_depth) if self._prefetcher is not None else None
         # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
         self.pool = BufferPool(self.memory_budget)
         with self.lock:
             self.load_failed(list(self._weights.values()))
             self._release_other_threads()
-            for loaded in list(self._idle):
-                self._drop(loaded)
+            while self._evict_one():
+                pass
 
     def _release_other_threads(self) -> None:
         me = threading.get_ident()
@@ -504,6 +722,13 @@ def resident_bytes_of_all() -> int:
 
 def _any_offloaded(weights: Sequence[Weight]) -> bool:
     return any(weight.state is State.OFFLOADED for weight in weights)
+
+
+def _any_not_resident(weights: Sequence[Weight]) -> bool:
+    for weight in weights:  # noqa: SIM110  # a generator costs more than the loop, in every forward
+        if weight.state is not State.RESIDENT:
+            return True
+    return False
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()

@@ -29,6 +29,10 @@ class Trace:
             self._after[None, last] = key  # for contexts never seen
         self._last.two = (last, key)
 
+    def resume(self, before: Key, last: Key) -> None:
+        """These were the last two uses of this thread, whatever was recorded of it."""
+        self._last.two = (before, last)
+
     def upcoming(self, limit: int) -> Iterator[Key]:
         """The next uses of this thread, nearest first, as far as the order is known; at most ``limit``."""
         before, last = self._last_two()

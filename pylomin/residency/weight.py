@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pylomin.store.base import InMemoryStore, WeightStore
+from pylomin.store.extents import StoredWeight
 
 if TYPE_CHECKING:
     from pylomin.residency.residency import Residency
@@ -63,7 +64,7 @@ def dense_layout(tensor: torch.Tensor) -> Layout:
 class Source:
     """Bytes in a store that never change while this object lives; shared by every weight that reads them."""
 
-    __slots__ = ("__weakref__", "layout", "memory", "name", "store")
+    __slots__ = ("__weakref__", "layout", "memory", "name", "store", "stored")
 
     def __init__(
         self,
@@ -75,10 +76,17 @@ class Source:
         self.store = store
         # The store again, if its weights are tensors in memory; asked once, for a protocol check takes 20 µs.
         self.memory = store if isinstance(store, InMemoryStore) else None
+        # Where in a file it is, if its store says so: then it is read, or mapped, past the store.
+        stored = getattr(store, "weight", _nowhere)(name)
+        self.stored: StoredWeight | None = stored if isinstance(stored, StoredWeight) else None
         self.name = name
         self.layout = layout  # of the stored bytes, on the CPU
         if on_unused is not None:
             weakref.finalize(self, on_unused).atexit = False
+
+
+def _nowhere(name: str) -> None:
+    """Of a store that does not say how it keeps its weights."""
 
 
 class State(enum.Enum):
@@ -121,6 +129,9 @@ class Weight:
         "source",
         "state",
         "tensor",
+        "tile_rows",
+        "tileable",
+        "tiled",
         "transient",
         "twin",
         "writes",
@@ -138,6 +149,9 @@ class Weight:
         self.conversions = conversions  # layouts that the stored tensor is copied into, one after the other
         self.residency = residency
         self.transient = False  # made by an operation, perhaps anew in each forward: no part of any order
+        self.tileable = False  # whoever owns it uses it by rows or by tiles; see `tiling`
+        self.tiled = False  # it is used by tiles now; residency decides
+        self.tile_rows: int | None = None  # in memory at one time, as the user wants it; see `chunked_linear`
         self.writes = 0
         self.shared: weakref.ref[torch.UntypedStorage] | None = None  # values given out to be pickled or pointed at
         self.state = State.OFFLOADED
@@ -164,6 +178,14 @@ class Weight:
         return all(step.stride == self.source.layout.stride for step in self.conversions)
 
     @property
+    def element_bytes(self) -> int:
+        """What one element takes while a run of elements is loaded, conversions included."""
+        nbytes = self.source.layout.dtype.itemsize
+        for step in self.conversions:
+            nbytes += step.dtype.itemsize
+        return nbytes
+
+    @property
     def peak_load_bytes(self) -> int:
         """Most bytes that exist at one time while it is loaded: a conversion needs both sides."""
         steps = [self.source.layout.nbytes, *(step.nbytes for step in self.conversions)]
@@ -174,9 +196,14 @@ class Weight:
     def convert(self, layout: Layout) -> Weight:
         """This weight as ``.to(...)`` would copy it; loaded from the same bytes."""
         steps = self.conversions if layout == self.layout else (*self.conversions, layout)
-        converted = Weight(self.name, self.source, self.residency, steps)
+        converted = self.replaced_by(Weight(self.name, self.source, self.residency, steps))
         converted.transient = True
         return converted
+
+    def replaced_by(self, other: Weight) -> Weight:
+        """``other``, used as this one is."""
+        other.tileable, other.tile_rows, other.tiled = self.tileable, self.tile_rows, self.tiled
+        return other
 
     def trainable_twin(self) -> ResidentParameter:
         """The resident tensor as one that requires grad, for use while gradients are off.

@@ -1,18 +1,17 @@
-"""Stores whose weights are byte ranges of files, whatever the format that says where they lie."""
+"""Stores whose weights lie in files, whatever the format that says where."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from pylomin.errors import StoreReadError
+from pylomin.errors import StoreFormatError, StoreReadError
 from pylomin.io.files import Extent, WeightFile
+from pylomin.io.placed import Placement, read_run
+from pylomin.io.runs import coalesce
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.requests import check_request, weight_not_found
-
-_MAX_GAP_BYTES = 1 << 16  # 64 KiB: a cached read over it took 1.3 us, another call 3 us
-# Where bytes between two weights go. Shared by all threads: nobody looks at what is in it.
-_DISCARD = memoryview(bytearray(_MAX_GAP_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +21,30 @@ class StoredWeight:
     info: WeightInfo
     file: WeightFile
     extent: Extent
+
+
+class EncodedWeight(Protocol):
+    """A weight that no extent holds as it is: its elements lie scattered, or are compressed or quantised.
+
+    Callable from any thread.
+    """
+
+    @property
+    def info(self) -> WeightInfo:
+        """Of the weight as it is read."""
+        ...
+
+    @property
+    def file(self) -> WeightFile:
+        """Where its bytes are."""
+        ...
+
+    def read_into(self, offset_bytes: int, destination: memoryview) -> None:
+        """Fill ``destination`` with the row-major bytes from ``offset_bytes`` on; both lie within the weight.
+
+        Raises StoreReadError, or StoreFormatError where what is stored turns out to be malformed.
+        """
+        ...
 
 
 class ExtentStore:
@@ -35,7 +58,9 @@ class ExtentStore:
         files: those that ``close()`` closes.
     """
 
-    def __init__(self, path: str, weights: Mapping[str, StoredWeight], files: Iterable[WeightFile]) -> None:
+    def __init__(
+        self, path: str, weights: Mapping[str, StoredWeight | EncodedWeight], files: Iterable[WeightFile]
+    ) -> None:
         self.path = path
         self.files = tuple(files)
         self._weights = dict(weights)
@@ -49,20 +74,35 @@ class ExtentStore:
     def __len__(self) -> int:
         return len(self._weights)
 
-    def location(self, name: str) -> StoredWeight:
-        """The file and extent of one weight. Raises WeightNotFoundError."""
+    def weight(self, name: str) -> StoredWeight | EncodedWeight:
+        """How one weight is stored. Raises WeightNotFoundError."""
         try:
             return self._weights[name]
         except KeyError:
             raise weight_not_found(name, self._weights, repr(self.path)) from None
 
+    def location(self, name: str) -> StoredWeight:
+        """The file and extent of one weight.
+
+        Raises:
+            WeightNotFoundError: the weight is not in the store.
+            StoreFormatError: no extent holds it as it is (see :meth:`weight`); it can be read only.
+        """
+        weight = self.weight(name)
+        if not isinstance(weight, StoredWeight):
+            raise StoreFormatError(
+                f"weight {name!r} of {weight.file.path!r} is no contiguous run of bytes ({type(weight).__name__}). "
+                "Read it with the store's read(), or convert the file to safetensors."
+            )
+        return weight
+
     def info(self, name: str) -> WeightInfo:
         """Metadata of one weight. Raises WeightNotFoundError."""
-        return self.location(name).info
+        return self.weight(name).info
 
     def describe(self, name: str) -> str:
         """The path of the file that holds the weight. Raises WeightNotFoundError."""
-        return self.location(name).file.path
+        return self.weight(name).file.path
 
     def read(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every destination; weights that lie next to each other are read together.
@@ -70,8 +110,20 @@ class ExtentStore:
         Raises:
             WeightNotFoundError: a weight is not in the store.
             StoreReadError: naming the weights and the file.
+            StoreFormatError: what a weight is decoded from is malformed.
         """
-        read_extents([(self.location(request.name), request) for request in requests])
+        pieces: list[tuple[StoredWeight, ReadRequest]] = []
+        encoded: list[tuple[EncodedWeight, ReadRequest]] = []
+        for request in requests:
+            weight = self.weight(request.name)
+            if isinstance(weight, StoredWeight):
+                pieces.append((weight, request))
+            else:
+                check_request(request, weight.info, repr(weight.file.path))
+                encoded.append((weight, request))
+        read_extents(pieces)
+        for weight, request in encoded:
+            _read_encoded(weight, request)
 
     def close(self) -> None:
         """Close the files. Idempotent."""
@@ -79,44 +131,48 @@ class ExtentStore:
             file.close()
 
 
+def _read_encoded(weight: EncodedWeight, request: ReadRequest) -> None:
+    try:
+        if len(request.destination):
+            weight.read_into(request.offset_bytes, request.destination)
+        else:
+            weight.file.read(0, [])  # notices a file that is closed or changed
+    except (StoreReadError, StoreFormatError) as error:
+        raise type(error)(f"could not read weight {request.name!r}: {error}") from error
+
+
 def read_extents(pieces: Iterable[tuple[StoredWeight, ReadRequest]]) -> None:
     """Fill the destinations of all requests, in file order and with one read per adjacent run."""
-    by_file: dict[WeightFile, list[tuple[int, ReadRequest]]] = {}
+    by_file: dict[WeightFile, list[tuple[Extent, ReadRequest]]] = {}
     for weight, request in pieces:
         check_request(request, weight.info, repr(weight.file.path))
         start = weight.extent.start + request.offset_bytes
-        by_file.setdefault(weight.file, []).append((start, request))
-    for file, placed in by_file.items():
-        for run in _coalesce(placed):
+        extent = Extent(start, start + len(request.destination))
+        by_file.setdefault(weight.file, []).append((extent, request))
+    for file, wanted in by_file.items():
+        for run in coalesce([extent for extent, _ in wanted]):
+            requests = [wanted[i][1] for i in run.members]
             try:
-                file.read(run.start, run.buffers)
+                file.read(run.start, run.scatter([request.destination for request in requests]))
             except StoreReadError as error:
-                names = ", ".join(repr(name) for name in dict.fromkeys(run.names))
-                raise type(error)(f"could not read weight {names}: {error}") from error
+                raise _naming([request.name for request in requests], error) from error
 
 
-@dataclass(slots=True)
-class _Run:
-    """Requests that one read serves."""
+def read_placed(
+    file: WeightFile, placement: Placement, names: Sequence[str], buffer: Any, *, drop_cache: bool = False
+) -> None:
+    """Bring all extents of a placement into ``buffer``; ``names`` are those of their weights, in the same order.
 
-    start: int
-    stop: int  # (exclusive)
-    buffers: list[memoryview] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    Raises:
+        StoreReadError: naming the weights and the file.
+    """
+    for placed in placement.runs:
+        try:
+            read_run(file, placed, buffer, drop_cache=drop_cache)
+        except StoreReadError as error:
+            raise _naming([names[i] for i in placed.run.members], error) from error
 
 
-def _coalesce(placed: list[tuple[int, ReadRequest]]) -> Iterator[_Run]:
-    run: _Run | None = None
-    for start, request in sorted(placed, key=lambda piece: piece[0]):
-        if run is not None and 0 <= start - run.stop <= _MAX_GAP_BYTES:
-            if start > run.stop:
-                run.buffers.append(_DISCARD[: start - run.stop])
-        else:
-            if run is not None:
-                yield run
-            run = _Run(start, start)
-        run.buffers.append(request.destination)
-        run.names.append(request.name)
-        run.stop = start + len(request.destination)
-    if run is not None:
-        yield run
+def _naming(names: Sequence[str], error: StoreReadError) -> StoreReadError:
+    quoted = ", ".join(repr(name) for name in dict.fromkeys(names))
+    return type(error)(f"could not read weight {quoted}: {error}")

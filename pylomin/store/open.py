@@ -4,47 +4,61 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from pylomin.errors import StoreFormatError, StoreReadError
+from pylomin.store.accelerate_folder import AccelerateFolderStore, is_index
 from pylomin.store.base import WeightStore
+from pylomin.store.callable import CallableStore, WeightsFunction
+from pylomin.store.file_formats import SUPPORTED, open_file
 from pylomin.store.memory import MemoryStore
+from pylomin.store.npy import NpyStore
+from pylomin.store.numpy_arrays import MemmapStore, are_mapped, as_tensor, is_array
 from pylomin.store.quantized import open_packed
 from pylomin.store.safetensors import SafetensorsStore
-from pylomin.store.sharded import ShardedStore
+from pylomin.store.sharded import WEIGHT_MAP, ShardedStore, read_index
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | WeightsFunction | WeightStore
 
 _MAX_NAMES_SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class FileFormat:
-    """A format of weight files. A new one is one file with a store class, and one line below."""
-
-    file_pattern: str  # of file names that the user gives
-    directory_pattern: str  # of file names to look for in a directory that the user gives
-    open: Callable[[str], WeightStore]
-
-
-# In the order of preference within a directory: an index comes before the shards it lists.
-FILE_FORMATS: tuple[FileFormat, ...] = (
-    FileFormat("*.index.json", "*.safetensors.index.json", lambda path: open_packed(ShardedStore(path))),
-    FileFormat("*.safetensors", "*.safetensors", lambda path: open_packed(SafetensorsStore(path))),
+_INDEX = "*index.json"
+# What to look for in a directory, in the order of preference: an index comes before the shards it lists, and the file
+# of the weights before those that training leaves beside it (training_args.bin, optimizer.pt).
+_IN_DIRECTORY = (
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "*.bin.index.json",
+    "pytorch_model.bin",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.npz",
+    "index.json",
+    "*.index.json",
 )
 
 
-def open_store(
-    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore,
-) -> WeightStore:
+def open_store(source: Source, *, weights_mapping_key: str | None = None) -> WeightStore:
     """Open the weights at ``source`` without reading any.
 
     Args:
-        source: a ``.safetensors`` file, a ``.safetensors.index.json`` file, a directory with
-            exactly one index or exactly one ``.safetensors`` file, a mapping of names to tensors,
-            or a store, which is returned as it is.
+        source: one of
+
+            * a file, recognised by its content: safetensors; what ``torch.save`` wrote (``.pt``, ``.pth``, ``.bin``,
+              ``.ckpt``: read in place, no code from it runs); GGUF; ``.npz`` and ``.npy``;
+            * an index of shards (``model.safetensors.index.json``, ``pytorch_model.bin.index.json``), or the
+              ``index.json`` of an accelerate offload folder;
+            * a directory with exactly one of these, or with ``.npy`` files;
+            * a mapping of names to tensors or numpy arrays;
+            * a function ``(module_name, weight_names) -> {name: tensor}``
+              (:class:`~pylomin.store.callable.CallableStore`), for :func:`pylomin.load`;
+            * a store, which is returned as it is.
+        weights_mapping_key: of an index of shards: where in it the names of the shards are. Default: ``"weight_map"``.
 
     Raises:
         StoreReadError: a file is missing or cannot be read.
@@ -57,38 +71,55 @@ def open_store(
     if _is_store(source):
         return source
     if isinstance(source, Mapping):
-        return MemoryStore(source)
+        return _open_mapping(source)
+    if _is_function(source):
+        return CallableStore(source)
     if not isinstance(source, (str, os.PathLike)):
         raise StoreFormatError(f"cannot open a {type(source).__name__} as weights. {_supported()}")
     path = os.fspath(source)
     if not os.path.exists(path):
         raise StoreReadError(f"{path!r} does not exist. Expected a weight file or a directory.")
     if os.path.isdir(path):
-        path = _find_in_directory(path)
-    for format in FILE_FORMATS:
-        if fnmatchcase(os.path.basename(path), format.file_pattern):
-            return format.open(path)
-    raise StoreFormatError(
-        f"{path!r} is not of a supported format. {_supported()} To convert a PyTorch file: "
-        f"safetensors.torch.save_file(torch.load({path!r}, weights_only=True), "
-        "'model.safetensors')."
-    )
+        found = _find_in_directory(path)
+        if found is None:
+            return NpyStore(path)
+        path = found
+    if fnmatchcase(os.path.basename(path), _INDEX) or weights_mapping_key is not None:
+        store = _open_index(path, weights_mapping_key)
+    else:
+        store = open_file(path)
+    return open_packed(store) if isinstance(store, (SafetensorsStore, ShardedStore)) else store
 
 
-def _find_in_directory(directory: str) -> str:
+def _open_mapping(source: Mapping[str, Any]) -> WeightStore:
+    if are_mapped(source.values()):
+        return MemmapStore(source)
+    return MemoryStore({name: as_tensor(value, name) if is_array(value) else value for name, value in source.items()})
+
+
+def _open_index(path: str, weights_mapping_key: str | None) -> WeightStore:
+    if weights_mapping_key is None and is_index(read_index(path)):
+        return AccelerateFolderStore(path)
+    return ShardedStore(path, weights_mapping_key=weights_mapping_key or WEIGHT_MAP)
+
+
+def _find_in_directory(directory: str) -> str | None:
+    """The path of the file to open, or None where the directory's ``.npy`` files are the weights."""
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise StoreReadError(f"cannot list directory {directory!r}: {error.strerror}.") from error
-    for format in FILE_FORMATS:
-        found = [name for name in names if fnmatchcase(name, format.directory_pattern)]
+    for pattern in _IN_DIRECTORY:
+        found = [name for name in names if fnmatchcase(name, pattern)]
         if len(found) == 1:
             return os.path.join(directory, found[0])
         if found:
             raise StoreFormatError(
-                f"directory {directory!r} has {len(found)} {format.directory_pattern} files: "
+                f"directory {directory!r} has {len(found)} {pattern} files: "
                 f"{_enumerate(found)}. Give the path of the one to open."
             )
+    if any(name.endswith(".npy") for name in names):
+        return None
     raise StoreFormatError(
         f"directory {directory!r} has no weights in a supported format; found: "
         f"{_enumerate(names) or 'nothing'}. {_supported()}"
@@ -99,9 +130,15 @@ def _is_store(source: object) -> TypeGuard[WeightStore]:
     return all(hasattr(source, method) for method in ("info", "describe", "read", "close"))
 
 
+def _is_function(source: object) -> TypeGuard[Callable[[str, list[str]], Mapping[str, torch.Tensor]]]:
+    return callable(source) and not isinstance(source, (type, torch.nn.Module))
+
+
 def _supported() -> str:
-    patterns = ", ".join(format.file_pattern for format in FILE_FORMATS)
-    return f"Supported: {patterns}, a directory with one of them, a mapping of tensors, a store."
+    return (
+        f"Supported: {SUPPORTED}, *.index.json, a directory with one of them, a mapping of tensors or arrays, a "
+        "function (module_name, weight_names) -> {name: tensor}, a store."
+    )
 
 
 def _enumerate(names: list[str]) -> str:

@@ -329,7 +329,7 @@ def open_packed(
 ) -> SafetensorsStore | ShardedStore | QuantizedStore:
     """A view of decoded weights where ``file`` has any that are not stored as they are; otherwise ``file`` itself."""
     shards = file.shards if isinstance(file, ShardedStore) else (file,)
-    if not any(QUANTIZED_KEY in shard.metadata for shard in shards) and not is_checked:
+    if not any(QUANTIZED_KEY in getattr(shard, "metadata", ()) for shard in shards) and not is_checked:
         return file
     try:
         return QuantizedStore(file, is_checked=is_checked, level=level)

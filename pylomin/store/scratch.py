@@ -16,7 +16,8 @@ from typing import NoReturn
 import torch
 
 from pylomin.errors import OffloadedWriteError
-from pylomin.io.files import Descriptor, Extent, WeightFile
+from pylomin.io.descriptor import Descriptor
+from pylomin.io.files import Extent, WeightFile
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.disk import disk_error, write_at
 from pylomin.store.extents import StoredWeight, read_extents

@@ -1,48 +1,57 @@
-"""Weights in several ``.safetensors`` files, listed by a ``*.safetensors.index.json``."""
+"""Weights in several files, listed by a ``*.index.json``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from pylomin.errors import StoreFormatError, StoreReadError
 from pylomin.io.files import WeightFile
-from pylomin.store.extents import ExtentStore, StoredWeight
-from pylomin.store.safetensors import SafetensorsStore
+from pylomin.store.extents import EncodedWeight, ExtentStore, StoredWeight
+from pylomin.store.file_formats import open_file
+from pylomin.store.inside import path_inside
 from pylomin.store.strict_json import parse_object, shorten
 
 _MAX_INDEX_BYTES = 100_000_000  # as for a header
 _MAX_NAMES_SHOWN = 50
+WEIGHT_MAP = "weight_map"  # the key that transformers and diffusers use
 
 
 class ShardedStore(ExtentStore):
-    """The weights that a shard index lists; each shard is opened once.
+    """The weights that a shard index lists; each shard, of any format, is opened once.
 
-    Shards lie in the index's directory or below it. The one exception is the Hugging Face hub
+    Shards lie in the directory or below it. The one exception is the Hugging Face hub
     cache, whose ``<repo>/snapshots/<revision>/`` holds links into ``<repo>/blobs/``. Weights that a
     shard has and the index does not list are left out.
 
     Args:
         index_path: ``{"metadata": {...}, "weight_map": {weight name: shard file name}}``.
+        weights_mapping_key: what stands in the place of ``"weight_map"``.
+        directory: where the shards are. Default: where the index is.
 
     Raises:
         StoreReadError: the index or a shard is missing or cannot be read.
-        StoreFormatError: the index is malformed, points outside its directory, or lists weights
+        StoreFormatError: the index is malformed, points outside the directory, or lists weights
             that their shard does not have.
     """
 
-    def __init__(self, index_path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        index_path: str | os.PathLike[str],
+        *,
+        weights_mapping_key: str = WEIGHT_MAP,
+        directory: str | os.PathLike[str] | None = None,
+    ) -> None:
         path = os.fspath(index_path)
-        index = parse_object(_read_index(path), f"shard index {path!r}")
-        weight_map = _parse_weight_map(index, path)
+        index = read_index(path)
+        weight_map = _parse_weight_map(index, weights_mapping_key, path)
         self._metadata = _strings(index.get("metadata"))
-        paths = _shard_paths(weight_map, path)
-        shards: dict[str, SafetensorsStore] = {}
+        paths = _shard_paths(weight_map, path, os.path.dirname(path) if directory is None else os.fspath(directory))
+        shards: dict[str, ExtentStore] = {}
         try:
             for shard_path in dict.fromkeys(paths.values()):
-                shards[shard_path] = SafetensorsStore(shard_path)
+                shards[shard_path] = open_file(shard_path)
             weights = _select(weight_map, paths, shards, path)
         except BaseException:
             for shard in shards.values():
@@ -57,7 +66,8 @@ class ShardedStore(ExtentStore):
         return self._metadata
 
 
-def _read_index(path: str) -> bytearray:
+def read_index(path: str) -> dict[str, Any]:
+    """The JSON object in an index file. Raises StoreReadError or StoreFormatError."""
     file = WeightFile(path)
     try:
         if file.size_bytes > _MAX_INDEX_BYTES:
@@ -69,21 +79,22 @@ def _read_index(path: str) -> bytearray:
         file.read(0, [memoryview(raw)])
     finally:
         file.close()
-    return raw
+    return parse_object(raw, f"shard index {path!r}")
 
 
-def _parse_weight_map(index: Mapping[str, Any], path: str) -> dict[str, str]:
-    weight_map = index.get("weight_map")
+def _parse_weight_map(index: Mapping[str, Any], key: str, path: str) -> dict[str, str]:
+    weight_map = index.get(key)
     if not isinstance(weight_map, dict):
         raise StoreFormatError(
-            f"shard index {path!r} has weight_map {shorten(weight_map)}; expected an object "
-            "{weight name: shard file name}."
+            f"shard index {path!r} has {key} {shorten(weight_map)}; expected an object "
+            f"{{weight name: shard file name}}. Its keys are {', '.join(map(shorten, list(index)[:10]))}; name another "
+            "one with weights_mapping_key=."
         )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or "\0" in file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or "\0" in file or not file or file.endswith(".json"):
             raise StoreFormatError(
                 f"shard index {path!r} maps weight {shorten(name)} to {shorten(file)}; "
-                "expected the name of a .safetensors file."
+                "expected the name of a weight file."
             )
     return weight_map
 
@@ -93,24 +104,16 @@ def _strings(metadata: object) -> dict[str, str]:
     return {key: value for key, value in items if isinstance(value, str)}
 
 
-def _shard_paths(weight_map: Mapping[str, str], index_path: str) -> dict[str, str]:
+def _shard_paths(weight_map: Mapping[str, str], index_path: str, directory: str) -> dict[str, str]:
     """The path of each listed shard file, all checked; spellings of one file share one path."""
-    directory = Path(index_path).parent
-    root = Path(os.path.realpath(directory))
     paths: dict[str, str] = {}
-    by_real_path: dict[Path, str] = {}
+    by_real_path: dict[str, str] = {}
     missing = []
     for file in sorted(set(weight_map.values())):
-        path = directory / file
-        real = Path(os.path.realpath(path))
-        if Path(file).is_absolute() or ".." in Path(file).parts or not _is_allowed(real, root):
-            raise StoreFormatError(
-                f"shard index {index_path!r} points to {file!r}, which is {str(real)!r}: outside "
-                f"its directory {str(root)!r}. Expected the name of a file in that directory."
-            )
+        path = path_inside(directory, file, f"shard index {index_path!r}")
         if not os.path.exists(path):
-            missing.append(str(path))
-        paths[file] = by_real_path.setdefault(real, str(path))
+            missing.append(path)
+        paths[file] = by_real_path.setdefault(os.path.realpath(path), path)
     if missing:
         raise StoreReadError(
             f"shard index {index_path!r} lists {len(missing)} of {len(paths)} shards that do not "
@@ -119,22 +122,12 @@ def _shard_paths(weight_map: Mapping[str, str], index_path: str) -> dict[str, st
     return paths
 
 
-def _is_allowed(real: Path, root: Path) -> bool:
-    """Is a shard's real path below the index's real directory, or where the hub cache keeps it?"""
-    if real.is_relative_to(root):
-        return True
-    # <repo>/snapshots/<revision>/[folder/]: compared as a real path, so a linked blobs/ does not
-    # pass.
-    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
-    return snapshots is not None and real.parent == snapshots.parent / "blobs"
-
-
 def _select(
     weight_map: Mapping[str, str],
     paths: Mapping[str, str],
-    shards: Mapping[str, SafetensorsStore],
+    shards: Mapping[str, ExtentStore],
     index_path: str,
-) -> dict[str, StoredWeight]:
+) -> dict[str, StoredWeight | EncodedWeight]:
     """The listed weights, shard by shard in file order."""
     lacking = [f"{name!r} in {file!r}" for name, file in weight_map.items() if name not in shards[paths[file]]]
     if lacking:
@@ -143,7 +136,7 @@ def _select(
             f"have: {_enumerate(lacking)}. Index and shards are of different models or versions."
         )
     return {
-        name: shard.location(name)
+        name: shard.weight(name)
         for path, shard in shards.items()
         for name in shard
         if name in weight_map and paths[weight_map[name]] == path

@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 
-_JOURNAL = "publishing.json"  # the names that are being moved to the target, in that order
+_JOURNAL = "publishing.json"  # what is being moved to the target, and what is being removed there, in that order
 _NOT_SYNCABLE = {errno.EINVAL, errno.ENOTSUP}  # some file systems cannot sync a directory
 
 
@@ -32,7 +32,7 @@ class Staging:
 
     def __init__(self, directory: str, target: str) -> None:
         self._directory = directory
-        prefix = f".pylomin-{hashlib.sha256(target.encode()).hexdigest()[:8]}-"
+        self._prefix = prefix = f".pylomin-{hashlib.sha256(target.encode()).hexdigest()[:8]}-"
         self._fd: int | None = None
         # Leftovers are looked for under this lock only, so nobody meets the new directory before it is locked, too.
         with _locked(directory) as is_locked:
@@ -64,15 +64,25 @@ class Staging:
             replaced: the files of the target that was there before; gone afterwards.
             durable: return only when all would survive a power failure.
         """
-        with _locked(self._directory):
+        with _locked(self._directory) as is_locked:
+            if is_locked:  # before this changes what they were about to change
+                _remove_leftovers(self._directory, self._prefix)
             check()
-            old = replaced()
-            if len(names) > 1:
-                self._publish_several(names, old)
-            else:
-                os.replace(self._staged(names[0]), self._published(names[0]))
-                for name in set(old) - set(names):
-                    _unlink(self._published(name))
+            old = [name for name in replaced() if len(names) > 1 or name != names[0]]
+            try:
+                if len(names) > 1 or old:
+                    self._write_journal(names, old)
+                if len(names) > 1:
+                    # Without its index or single file, which come first, the old target is absent rather than mixed.
+                    self._remove(old)
+                for name in names:
+                    os.replace(os.path.join(self.path, name), os.path.join(self._directory, name))
+                if len(names) == 1:
+                    self._remove(old)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    _settle(self._directory, self.path)
+                raise
         if durable:
             sync_directory(self._directory)
 
@@ -84,24 +94,13 @@ class Staging:
         if fd is not None:
             os.close(fd)
 
-    def _publish_several(self, names: Sequence[str], old: Sequence[str]) -> None:
-        # Without its index or single file, which come first, the old target is absent rather than a mixture.
-        with open(self._staged(_JOURNAL), "w", encoding="utf-8") as journal:
-            json.dump(list(names), journal)
-        for name in old:
-            _unlink(self._published(name))
-        try:
-            for name in names:
-                os.replace(self._staged(name), self._published(name))
-        except BaseException:
-            _withdraw(self._directory, self.path, names)
-            raise
+    def _write_journal(self, names: Sequence[str], old: Sequence[str]) -> None:
+        with open(os.path.join(self.path, _JOURNAL), "w", encoding="utf-8") as journal:
+            json.dump({"new": list(names), "old": list(old)}, journal)
 
-    def _staged(self, name: str) -> str:
-        return os.path.join(self.path, name)
-
-    def _published(self, name: str) -> str:
-        return os.path.join(self._directory, name)
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            _unlink(os.path.join(self._directory, name))
 
 
 def _remove_leftovers(directory: str, prefix: str) -> None:
@@ -118,20 +117,38 @@ def _remove_leftover(directory: str, path: str) -> None:
     try:
         if not _try_lock(fd):
             return
-        with contextlib.suppress(FileNotFoundError, ValueError), open(os.path.join(path, _JOURNAL), "rb") as journal:
-            _withdraw(directory, path, json.load(journal))
+        _settle(directory, path)
         shutil.rmtree(path)
     finally:
         os.close(fd)
 
 
-def _withdraw(directory: str, staging: str, names: Sequence[str]) -> None:
-    """Undo a publication that did not come to its end, unless the target is there all the same."""
-    if os.path.lexists(os.path.join(directory, names[-1])):
+def _settle(directory: str, staging: str) -> None:
+    """Finish a publication that did not come to its end, or take it back."""
+    new, old = _read_journal(staging)
+    if not new:
         return
-    for name in names:
-        if not os.path.lexists(os.path.join(staging, name)):
-            _unlink(os.path.join(directory, name))
+    if not os.path.lexists(os.path.join(staging, new[-1])):  # the new target is there
+        unwanted = set(old) - set(new)
+    elif old and os.path.lexists(os.path.join(directory, old[0])):  # the old one still is
+        unwanted = set()
+    else:
+        unwanted = {*old, *(name for name in new if not os.path.lexists(os.path.join(staging, name)))}
+    for name in unwanted:
+        _unlink(os.path.join(directory, name))
+
+
+def _read_journal(staging: str) -> tuple[list[str], list[str]]:
+    """What it says, or nothing if it was not written to its end: then nothing was done yet."""
+    try:
+        with open(os.path.join(staging, _JOURNAL), encoding="utf-8") as journal:
+            document = json.load(journal)
+        new, old = document["new"], document["old"]
+        if all(os.path.basename(name) == name for name in [*new, *old]):
+            return list(new), list(old)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return [], []
 
 
 def _unlink(path: str) -> None:

@@ -106,8 +106,8 @@ def write_safetensors(
         ScratchError: no space or no permission, naming directory, needed and free bytes.
     """
     directory, name = os.path.split(os.path.abspath(path))
-    file = _File(name, weights, (lambda names: metadata) if metadata else None)
-    target = _Target(directory, (name,), overwrite)
+    file = FileToWrite(name, weights, (lambda names: metadata) if metadata else None)
+    target = _Target(directory, name, (name,), overwrite)
     _write(target, [file], [], durable=durable, error_class=ScratchError)
 
 
@@ -142,13 +142,45 @@ def write_checkpoint(
     """
     count = len(shards)
     names = [f"{stem}-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)] if count > 1 else [stem + SUFFIX]
-    files = [_File(name, weights, metadata, digests) for name, weights in zip(names, shards, strict=True)]
+    files = [FileToWrite(name, weights, metadata, digests) for name, weights in zip(names, shards, strict=True)]
     if count > 1:
         names.append(stem + INDEX_SUFFIX)
-    target = _Target(directory, (stem + INDEX_SUFFIX, stem + SUFFIX, *names[:-1]), overwrite, stem)
+    target = _Target(directory, stem, (stem + INDEX_SUFFIX, stem + SUFFIX, *names[:-1]), overwrite, has_shards=True)
     index = [(names[-1], _index(files))] if count > 1 else []
     _write(target, files, index, durable=True, error_class=StoreWriteError, progress=progress)
     return os.path.join(directory, names[-1])
+
+
+def write_files(
+    directory: str,
+    files: Sequence[FileToWrite],
+    last: tuple[str, bytes],
+    *,
+    replaced: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write weights and a file that refers to them, durable; they appear together, ``last`` (name, content) last.
+
+    Args:
+        replaced: names, besides those that are written, that must be free or are removed with what was there before.
+
+    Raises:
+        OutputExistsError, StoreWriteError, StoreFormatError, WeightMismatchError: as :func:`write_checkpoint`.
+    """
+    names = dict.fromkeys([last[0], *(file.name for file in files), *replaced])
+    target = _Target(directory, last[0], tuple(names), overwrite)
+    _write(target, files, [last], durable=True, error_class=StoreWriteError, progress=progress)
+
+
+def check_free(directory: str, names: Sequence[str], overwrite: bool) -> None:
+    """Raise OutputExistsError if one of ``names`` is there, and is not a file that may be replaced."""
+    for name in names:
+        path = os.path.join(directory, name)
+        if os.path.lexists(path) and (not overwrite or os.path.isdir(path)):
+            raise OutputExistsError(
+                f"{path!r} already exists. Choose another name, or pass overwrite=True to replace a file."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,38 +188,34 @@ class _Target:
     """What is written to, and what may be in its place already."""
 
     directory: str
+    key: str  # tells it from other targets in the directory
     names: tuple[str, ...]  # that must be free, or are replaced; what makes an old checkpoint one comes first
     overwrite: bool
-    stem: str | None = None  # of a checkpoint that may have shards
+    has_shards: bool = False  # with names that begin with `key`
 
     def check(self) -> None:
-        for name in self.names:
-            path = os.path.join(self.directory, name)
-            if os.path.lexists(path) and (not self.overwrite or os.path.isdir(path)):
-                raise OutputExistsError(
-                    f"{path!r} already exists. Choose another name, or pass overwrite=True to replace a file."
-                )
+        check_free(self.directory, self.names, self.overwrite)
 
     def old_files(self) -> list[str]:
         """Those of ``names`` that are there, and the shards of an old index."""
         found = [name for name in self.names if os.path.lexists(os.path.join(self.directory, name))]
-        if self.stem is None:
-            return found
-        return found + [name for name in self._old_shards(self.stem) if name not in found]
+        return found + [name for name in self._old_shards() if name not in found]
 
-    def _old_shards(self, stem: str) -> list[str]:
+    def _old_shards(self) -> list[str]:
         """Only such as this library would have written: never a path, never a file of another name."""
+        if not self.has_shards:
+            return []
         try:
-            with open(os.path.join(self.directory, stem + INDEX_SUFFIX), "rb") as file:
+            with open(os.path.join(self.directory, self.key + INDEX_SUFFIX), "rb") as file:
                 listed = set(json.load(file)["weight_map"].values())
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return []
-        pattern = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}" + re.escape(SUFFIX))
+        pattern = re.compile(re.escape(self.key) + r"-\d{5}-of-\d{5}" + re.escape(SUFFIX))
         return sorted(name for name in listed if isinstance(name, str) and pattern.fullmatch(name))
 
 
-class _File:
-    """One safetensors file to write."""
+class FileToWrite:
+    """One safetensors file to write: its name and weights, with a digest of each if asked for."""
 
     def __init__(
         self, name: str, weights: Sequence[WeightToWrite], metadata: Metadata | None, digests: bool = False
@@ -200,6 +228,14 @@ class _File:
         self._layout_digest = layout_digest(self._layout)
         self.header = self._build_header()
         self.nbytes = len(self.header) + sum(weight.nbytes for weight in weights)
+
+    def offsets(self) -> dict[str, int]:
+        """Where in the file each weight begins, in bytes."""
+        offsets, position = {}, len(self.header)
+        for weight in self.weights:
+            offsets[weight.name] = position
+            position += weight.nbytes
+        return offsets
 
     def _build_header(self) -> bytes:
         metadata = dict(self._metadata([name for name, _, _ in self._layout])) if self._metadata else {}
@@ -217,7 +253,7 @@ class _File:
         return length.to_bytes(PREFIX_BYTES, "little") + header[PREFIX_BYTES:] + b" " * missing
 
 
-def _index(files: Sequence[_File]) -> bytes:
+def _index(files: Sequence[FileToWrite]) -> bytes:
     weight_map = {weight.name: file.name for file in files for weight in file.weights}
     if len(weight_map) < sum(len(file.weights) for file in files):
         raise StoreFormatError("a weight name is given twice, in different shards. Rename the weight.")
@@ -228,7 +264,7 @@ def _index(files: Sequence[_File]) -> bytes:
 
 def _write(
     target: _Target,
-    files: Sequence[_File],
+    files: Sequence[FileToWrite],
     others: Sequence[tuple[str, bytes]],
     *,
     durable: bool,
@@ -237,11 +273,10 @@ def _write(
 ) -> None:
     total_bytes = sum(file.nbytes for file in files) + sum(len(content) for _, content in others)
     disk = _Disk(target.directory, total_bytes, error_class, progress)
-    target.check()
     with disk.errors():
-        staging = Staging(target.directory, target.stem or target.names[0])
+        staging = Staging(target.directory, target.key)
     try:
-        target.check()  # again: a killed writer may have left what is gone now
+        target.check()  # not earlier: a killed writer may have left what is gone now
         check_room(target.directory, total_bytes, error_class)
         with ThreadPoolExecutor(1, thread_name_prefix="pylomin-digests") as hashing:
             for file in files:
@@ -257,7 +292,7 @@ def _write(
         staging.discard()
 
 
-def _write_weights(file: _File, output: _Output, hashing: Executor) -> None:
+def _write_weights(file: FileToWrite, output: _Output, hashing: Executor) -> None:
     output.append(memoryview(file.header))
     for weight in file.weights:
         digest = new_digest() if file.digests is not None else None

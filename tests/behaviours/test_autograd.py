@@ -348,7 +348,7 @@ def test_grad_mode_under_the_smallest_budget() -> None:
     leaves = [torch.ones(2, 64, requires_grad=True) for _ in range(2)]
     for each, leaf in zip((plain, lazy), leaves, strict=True):
         each(leaf).sum().backward()
-    assert_same(leaves[0].grad, leaves[1].grad)
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)  # tiles round otherwise
 
 
 def test_functional_jvp_vjp_jacobian_hessian() -> None:

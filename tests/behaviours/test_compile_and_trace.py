@@ -194,15 +194,36 @@ def test_make_fx_works_or_says_why() -> None:
             assert_same(plain(x), traced(x))
 
 
-def test_export_works_or_says_why() -> None:
+@pytest.mark.parametrize(("make", "sample"), MODELS.values(), ids=MODELS.keys())
+def test_export(make: Callable[[], nn.Module], sample: Callable[[], Tensor]) -> None:
+    """Exporting reads nothing, and the exported program streams its weights from where the model does."""
+    plain, lazy = twins(make())
+    x = sample()
+    expected = torch.export.export(plain, (x,))  # rounds as it does, not always as the module
+    exported = torch.export.export(lazy, (x,))
+    assert pylomin.stats(lazy).loads == 0
+    assert_same(run(expected.module(), x), run(exported.module(), x))
+    assert resident_bytes(lazy) == 0
+    compare(plain, lazy, x)
+
+
+def test_export_with_dynamic_shapes() -> None:
     plain, lazy = twins(Mlp())
-    exported: Any = outcome(torch.export.export, lazy, (torch.randn(2, 8),))
-    if isinstance(exported, tuple):
-        assert exported[1]
-    else:
-        x = torch.randn(2, 8)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(lazy, (torch.randn(2, 8),), dynamic_shapes=({0: batch},))
+    for rows in (1, 5):
+        x = torch.randn(rows, 8)
+        assert_same(run(plain, x), run(exported.module(), x))
+
+
+def test_exported_program_sees_what_is_written_to_the_weights() -> None:
+    plain, lazy = twins(Mlp())
+    x = torch.randn(2, 8)
+    exported = torch.export.export(lazy, (x,)).module()
+    for model in (plain, lazy):
         with torch.no_grad():
-            assert_same(plain(x), exported.module()(x))
+            model.first.weight.mul_(2)
+    assert_same(run(plain, x), run(exported, x))
 
 
 def test_profiler_and_flop_counter() -> None:

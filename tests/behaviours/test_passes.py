@@ -479,12 +479,13 @@ def test_smallest_budget_that_the_error_names_works() -> None:
         x = IDS if isinstance(model, Everything) else torch.randn(2, 8 if isinstance(model, Mlp) else 40)
         for grad in (False, True):
             for _ in range(2):
-                assert_same(run(plain, x, grad=grad), run(lazy, x, grad=grad))
+                # Tiles round otherwise than whole weights.
+                torch.testing.assert_close(run(lazy, x, grad=grad), run(plain, x, grad=grad))
         assert pylomin.stats(lazy).peak_bytes <= needed
 
 
 def test_budget_error_names_the_weight() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(400, 300))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(400, 300, 1))
     with pytest.raises(pylomin.BudgetError, match=r"weight '1\.weight' needs .*skip_modules"):
         pylomin.lazy_loading(model, memory_budget="100KiB")
     assert is_ordinary(model)

@@ -341,6 +341,17 @@ class PoolMachine(RuleBasedStateMachine):
         assert tensor.data_ptr() % ALIGNMENT_BYTES == 0
         self.held.append((size, self.fill, [tensor]))
 
+    @rule(size=SIZES)
+    def take_pages(self, size: int) -> None:
+        pages = self.pool.try_take_pages(size)
+        if pages is None:
+            assert self.pool.limit_bytes is not None
+            assert self.pool.live_bytes + aligned(size, PAGE_BYTES) > self.pool.limit_bytes
+            return
+        assert pages[:] == bytes(aligned(size, PAGE_BYTES)), "fresh"
+        self.fill = (self.fill + 1) % 251
+        self.held.append((size, self.fill, [torch.frombuffer(pages, dtype=torch.uint8, count=size).fill_(self.fill)]))
+
     @rule(size=st.integers(1, 100 * KIB))
     def adopt(self, size: int) -> None:
         attach = self.pool.try_adopt(size)

@@ -5,43 +5,13 @@ import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from pylomin.errors import PylominError, StoreChangedError, StoreReadError
-from pylomin.io import files
+from pylomin.io import reading
 from pylomin.io.files import Extent, WeightFile
-
-CONTENT = bytes(range(256)) * 64  # 16 KiB
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "weights.bin"
-    path.write_bytes(CONTENT)
-    return path
-
-
-def read(file: WeightFile, offset: int, *sizes: int) -> list[bytes]:
-    buffers = [bytearray(size) for size in sizes]
-    file.read(offset, [memoryview(buffer) for buffer in buffers])
-    return [bytes(buffer) for buffer in buffers]
-
-
-def touch_later(path: Path) -> None:
-    """Move the modification time on, whatever the resolution of the file system's clock."""
-    status = path.stat()
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
-
-
-def overwrite(path: Path, content: bytes) -> None:
-    """Change the file in place: same inode, later modification time."""
-    later = path.stat().st_mtime_ns + 10**9
-    with open(path, "r+b") as file:
-        file.truncate(0)
-        file.write(content)
-    os.utime(path, ns=(later, later))
+from tests.io.common import CONTENT, open_descriptors, overwrite, read, touch_later
 
 
 def same_start(read) -> bool:
@@ -49,10 +19,6 @@ def same_start(read) -> bool:
     start = bytearray(16)
     read(0, [memoryview(start)])
     return start == CONTENT[:16]
-
-
-def open_descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
 
 
 def test_extent():
@@ -89,7 +55,7 @@ class TestRead:
             calls.append(sum(map(len, buffers)))
             return preadv(fd, buffers, offset)
 
-        monkeypatch.setattr(files, "_MAX_READ_BYTES", 1000)
+        monkeypatch.setattr(reading, "_MAX_READ_BYTES", 1000)
         monkeypatch.setattr(os, "preadv", counting)
         assert read(WeightFile(path), 0, 300, 2500, 700) == [
             CONTENT[:300],
@@ -114,7 +80,7 @@ class TestRead:
 
     def test_without_preadv(self, path, monkeypatch):
         monkeypatch.delattr(os, "preadv")
-        monkeypatch.setattr(files, "_COPY_BYTES", 50)
+        monkeypatch.setattr(reading, "_COPY_BYTES", 50)
         assert read(WeightFile(path), 10, 64, 100) == [CONTENT[10:74], CONTENT[74:174]]
 
     def test_end_of_file(self, path):
@@ -377,6 +343,30 @@ class TestChanges:
             appended.write(b"more")
         touch_later(path)
         assert read(file, len(CONTENT), 4) == [b"more"]
+
+
+class TestIsAtPath:
+    def test_it_is(self, tmp_path):
+        path = tmp_path / "file"
+        path.write_bytes(b"abc")
+        file = WeightFile(path)
+        assert file.is_at_path()
+        file.close()
+        assert not file.is_at_path()
+
+    @pytest.mark.parametrize("change", ["deleted", "renamed over", "written to"])
+    def test_it_is_not(self, tmp_path, change):
+        path = tmp_path / "file"
+        path.write_bytes(b"abc")
+        file = WeightFile(path)
+        if change == "deleted":
+            path.unlink()
+        elif change == "renamed over":
+            (tmp_path / "other").write_bytes(b"abc")
+            os.replace(tmp_path / "other", path)
+        else:
+            path.write_bytes(b"abcd")
+        assert not file.is_at_path()
 
 
 class TestPrefetchHint:

@@ -61,7 +61,7 @@ def test_hundreds_of_forwards(depth: int, layers_in_budget: int | None) -> None:
         forward(model, x)
     assert settled(residency)
     descriptors, threads, memory = open_descriptors(), threading.active_count(), resident_set_bytes()
-    known_order, pool_bytes = len(residency.trace._after), residency.pool.live_bytes + residency.pool.free_bytes
+    known_order, pool_bytes = len(residency.retention.trace._after), residency.pool.live_bytes + residency.pool.free_bytes
     for _ in range(200):
         output = forward(model, x)
     assert torch.equal(output, expected)
@@ -69,7 +69,7 @@ def test_hundreds_of_forwards(depth: int, layers_in_budget: int | None) -> None:
     assert open_descriptors() <= descriptors
     assert threading.active_count() == threads
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
-    assert len(residency.trace._after) == known_order
+    assert len(residency.retention.trace._after) == known_order
     assert residency.pool.live_bytes + residency.pool.free_bytes <= pool_bytes + group_bytes(model) * depth
     assert len(residency.pool._returned) <= 8
     assert_nothing_held(model, resident_bytes=(layers_in_budget or depth) * group_bytes(model))
@@ -105,11 +105,11 @@ def test_a_thousand_forwards_of_every_kind_of_module() -> None:
         output = forward(model, tokens)
         if round_ == 100:
             descriptors, memory = open_descriptors(), resident_set_bytes()
-            known_order = len(residency.trace._after)
+            known_order = len(residency.retention.trace._after)
     assert torch.equal(output, expected)
     assert open_descriptors() <= descriptors
     assert resident_set_bytes() - memory < TOLERANCE_BYTES
-    assert len(residency.trace._after) == known_order
+    assert len(residency.retention.trace._after) == known_order
     assert torch.equal(model.count.detach().clone(), torch.full((3,), 1001.0))
     assert_nothing_held(model)
 
@@ -143,7 +143,7 @@ def test_short_lived_threads_leave_nothing_in_the_trace() -> None:
         thread = threading.Thread(target=forward, args=(model, x))
         thread.start()
         thread.join()
-    assert len(residency.trace._after) <= 8
+    assert len(residency.retention.trace._after) <= 8
     assert_nothing_held(model)
 
 

@@ -42,6 +42,17 @@ def write_shards(
     return index
 
 
+def write_offload_folder(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """A folder as accelerate writes it; returns the path of its index."""
+    for name, tensor in tensors.items():
+        flat = tensor.contiguous().reshape(-1)
+        (directory / f"{name}.dat").write_bytes(bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b"")
+    index = directory / "index.json"
+    described = {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in tensors.items()}
+    index.write_text(json.dumps(described))
+    return index
+
+
 def read_bytes(store: WeightStore, name: str, start: int = 0, stop: int | None = None) -> bytes:
     stop = store.info(name).nbytes if stop is None else stop
     destination = bytearray(stop - start)
@@ -63,7 +74,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.numel() == 0:
         return True
-    flat_a, flat_b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    # contiguous() leaves any stride to a dimension of size 1, which view() refuses.
+    flat_a, flat_b = (t.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
     return torch.equal(flat_a, flat_b)
 
 

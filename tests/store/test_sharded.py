@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.sharded import ShardedStore
 
 from .files import SAMPLE, open_descriptors, read_tensor, same_bits, write_shards
+from .gguf_files import gguf_file
 
 FIRST = {"x": torch.arange(3.0), "y": torch.arange(5.0)}
 SHARDS = {"model-1.safetensors": FIRST, "model-2.safetensors": SAMPLE}
@@ -85,6 +87,53 @@ def test_each_shard_is_opened_once(tmp_path, monkeypatch):
     store.close()
 
 
+def test_shards_of_several_formats(tmp_path):
+    wide = torch.arange(6.0).view(2, 3)
+    torch.save({"x": wide.t(), "y": wide}, tmp_path / "one.bin")
+    torch.save({"z": wide}, tmp_path / "two.bin", _use_new_zipfile_serialization=False)
+    numpy.savez_compressed(tmp_path / "three.npz", u=wide.numpy())
+    (tmp_path / "four.gguf").write_bytes(gguf_file({"v": wide}))
+    save_file({"w": wide}, tmp_path / "five.safetensors")
+    files = {
+        "x": "one.bin",
+        "y": "one.bin",
+        "z": "two.bin",
+        "u": "three.npz",
+        "v": "four.gguf",
+        "w": "five.safetensors",
+    }
+    store = ShardedStore(rewrite(tmp_path / "mixed.index.json", files))
+    assert set(store) == set(files)
+    for name in files:
+        assert same_bits(read_tensor(store, name), wide.t() if name == "x" else wide)
+        assert store.describe(name) == str(tmp_path / files[name])
+    assert store.location("y").extent.nbytes == 24
+    with pytest.raises(StoreFormatError, match=r"weight 'x' of .*one\.bin' is no contiguous run of bytes"):
+        store.location("x")
+
+
+def test_another_key_and_directory(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    torch.save(SAMPLE, shards / "part.bin")
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"layout": dict.fromkeys(SAMPLE, "part.bin")}))
+    store = ShardedStore(index, weights_mapping_key="layout", directory=shards)
+    assert same_bits(read_tensor(store, "a"), SAMPLE["a"])
+    with pytest.raises(StoreReadError, match="do not exist"):
+        ShardedStore(index, weights_mapping_key="layout")
+
+
+def test_shards_outside_of_another_directory(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    torch.save(SAMPLE, tmp_path / "part.bin")
+    index = rewrite(tmp_path / "x.index.json", dict.fromkeys(SAMPLE, "part.bin"))
+    (shards / "part.bin").symlink_to(tmp_path / "part.bin")
+    with pytest.raises(StoreFormatError, match="outside its directory"):
+        ShardedStore(index, directory=shards)
+
+
 def test_weights_that_the_index_does_not_list(tmp_path):
     weight_map = {"x": "model-1.safetensors", "a": "model-2.safetensors"}
     store = ShardedStore(write_shards(tmp_path, SHARDS, weight_map=weight_map))
@@ -112,7 +161,8 @@ class TestMalformedIndex:
             ('{"weight_map": {"a": 1}}', r"maps weight 'a' to 1; expected the name"),
             ('{"weight_map": {"a": ""}}', r"maps weight 'a' to ''; expected the name"),
             ('{"weight_map": {"a": "\\u0000.safetensors"}}', r"maps weight 'a' to"),
-            ('{"weight_map": {"a": "pytorch_model.bin"}}', "expected the name of a .safetensors"),
+            ('{"weight_map": {"a": "other.index.json"}}', "maps weight 'a' to 'other.index.json'; expected the name"),
+            ('{"weights": {}}', "Its keys are 'weights'; name another one with weights_mapping_key="),
             ('{"weight_map": {"a": "f", "a": "g"}}', "key 'a' appears twice"),
             ('{"weight_map": {}, "weight_map": {}}', "key 'weight_map' appears twice"),
             ("[" * 100_000, "nested too deeply"),

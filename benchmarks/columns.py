@@ -1,0 +1,212 @@
+"""Which columns the table of each benchmark has, and what is said under it. Pure: from results to text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.common import OUT_OF_MEMORY
+from benchmarks.rows import PROCESS_CONSTANT_BYTES
+
+Cell = Callable[[Mapping[str, Any]], str]
+NOTHING = "–"
+
+
+def mebibytes(key: str) -> Cell:
+    """``row[key]`` bytes in MiB."""
+    return lambda row: f"{row[key] / (1 << 20):,.0f} MiB" if row.get(key) is not None else NOTHING
+
+
+def median(key: str, form: str, *, factor: float = 1, spread: bool = False) -> Cell:
+    """The median of a spread, with the smallest and largest behind it if asked."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        if key not in row:
+            return NOTHING
+        middle, least, most = (form.format(row[key][name] * factor) for name in ("median", "smallest", "largest"))
+        return f"{middle} ({least}–{most})" if spread else middle
+
+    return cell
+
+
+def value(key: str, form: str) -> Cell:
+    """``row[key]`` as it is."""
+    return lambda row: form.format(row[key]) if row.get(key) is not None else NOTHING
+
+
+def quantile(name: str) -> Cell:
+    """Of how far plans are from what they are compared with: 1 is no worse."""
+    return lambda row: f"{row['over'][name]:.3f}" if "over" in row else NOTHING
+
+
+def grown(row: Mapping[str, Any]) -> str:
+    """Growth of the process over what it had after its imports."""
+    if "peak_process_bytes" not in row:
+        return NOTHING
+    return f"{(row['peak_process_bytes'] - row['start_process_bytes']) / (1 << 20):,.0f} MiB"
+
+
+def per_second(row: Mapping[str, Any]) -> str:
+    """Passes a second."""
+    return f"{1 / row['pass_s']['median']:.3g}"
+
+
+def within_budget(row: Mapping[str, Any]) -> str:
+    """Who saw more than the budget, if anybody."""
+    if "within_budget" not in row:
+        return NOTHING
+    return ", ".join(f"{name}: no" for name, kept in row["within_budget"].items() if not kept) or "yes"
+
+
+PASS_S = median("pass_s", "{:.3g} s", spread=True)
+SHARE = median("share_of_resident", "{:.0%}", spread=True)
+DIFFERENCE = value("difference", "{:.2g}")
+AGAINST_BOUND: list[tuple[str, Cell]] = [
+    ("read", lambda row: mebibytes("read_bytes_per_pass")(row) if "bound_s" in row else NOTHING),
+    ("disk", median("bandwidth_bytes_per_s", "{:.2f} GB/s", factor=1e-9)),
+    ("bound", median("bound_s", "{:.3g} s")),
+    ("× bound", median("times_bound", "{:.2f}", spread=True)),
+]
+MEMORY: list[tuple[str, Cell]] = [
+    ("peak weights", mebibytes("ledger_peak_bytes")),
+    ("process grows by", grown),
+]
+BUDGET: list[tuple[str, Cell]] = [("within budget", within_budget)]
+MODE: list[tuple[str, Cell]] = [("reading", value("reading_mode", "{}"))]
+
+COLUMNS: dict[str, list[tuple[str, Cell]]] = {
+    "bert": [
+        ("time of a pass", PASS_S),
+        ("share of resident speed", SHARE),
+        ("peak tensor memory", lambda row: f"{row['peak_tensor_bytes'] / (1 << 20):,.1f} MiB"),
+        ("times less", value("less_memory", "{:.0f}")),
+        ("process grows by", grown),
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
+    "bert_cold": [
+        ("limit", mebibytes("limit_bytes")),
+        ("time of a pass", PASS_S),
+        *AGAINST_BOUND,
+        *MEMORY,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
+    "decode": [
+        ("limit", mebibytes("limit_bytes")),
+        ("time of a token", PASS_S),
+        ("tokens/s", per_second),
+        ("share of resident speed", SHARE),
+        *AGAINST_BOUND,
+        *MEMORY,
+        *BUDGET,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
+    "module_overhead": [
+        ("µs per call", median("us_per_call", "{:.1f}")),
+        ("added µs per call", median("added_us_per_call", "{:.1f}", spread=True)),
+    ],
+    "schedule": [
+        ("planning takes", median("planning_ms", "{:.1f} ms", spread=True)),
+        ("instances", value("instances", "{}")),
+        *((name, quantile(name)) for name in ("mean", "median", "90%", "99%", "largest")),
+    ],
+    "many_tensors": [
+        ("shards", value("shards", "{}")),
+        ("weights", mebibytes("weight_bytes")),
+        ("load", median("load_s", "{:.3f} s", spread=True)),
+        ("of that, building the model", median("construct_s", "{:.3f} s")),
+        ("µs per tensor", value("us_per_tensor", "{:.0f}")),
+    ],
+    "moe": [
+        ("limit", mebibytes("limit_bytes")),
+        ("time of a token", PASS_S),
+        ("read ÷ needed", median("times_needed", "{:.3f}", spread=True)),
+        *AGAINST_BOUND,
+        *MEMORY,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
+    "big_linear": [
+        ("budget", mebibytes("budget_bytes")),
+        ("time of a pass", PASS_S),
+        *AGAINST_BOUND,
+        *MEMORY,
+        *BUDGET,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
+    "fit": [
+        ("time of a token", PASS_S),
+        ("predicted", median("predicted_s", "{:.3g} s")),
+        ("measured ÷ predicted", median("time_of_predicted", "{:.2f}", spread=True)),
+        ("peak weights", mebibytes("ledger_peak_bytes")),
+        ("predicted", mebibytes("predicted_peak_bytes")),
+        ("measured ÷ predicted", median("peak_of_predicted", "{:.2f}")),
+        ("process grows by", grown),
+        *BUDGET,
+        *MODE,
+    ],
+}
+
+
+def cells(name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and body; a row that failed says so in its first column."""
+    columns = COLUMNS[name]
+    body = [
+        [row["variant"], row["error"] if row["error"] == OUT_OF_MEMORY else "failed", *[""] * (len(columns) - 1)]
+        if "error" in row
+        else [row["variant"], *(cell(row) for _, cell in columns)]
+        for row in rows
+    ]
+    return ["", *(header for header, _ in columns)], body
+
+
+def caption(name: str, result: Mapping[str, Any]) -> str:
+    """What has to be said under the table for its numbers to mean something."""
+    machine, settings, rows = result["machine"], result["settings"], result["rows"]
+    lines = [_what(settings), _machine(machine), _how(settings, rows)]
+    if any("bound_s" in row for row in rows):
+        lines.append(
+            "Bound: the larger of the resident model's time and the bytes read ÷ the disk's speed, measured by direct "
+            "reads in the same process before and after the passes; × bound: in pairs with it."
+        )
+    if any("within_budget" in row for row in rows):
+        lines.append(
+            "Within budget: the ledger and the tensors that hold weights never exceed it, and the process grows, seen "
+            f"from outside, by no more than the budget and {PROCESS_CONSTANT_BYTES >> 20} MiB."
+        )
+    for peer, ratio in result.get("times_as_fast_as", {}).items():
+        lines.append(
+            f"At the same limit, pylomin is {ratio['median']:.2f} times ({ratio['smallest']:.2f}–"
+            f"{ratio['largest']:.2f}) as fast as {peer}."
+        )
+    if "never_falls" in result:
+        falls = "never falls" if result["never_falls"] else "**falls**"
+        lines.append(f"From one budget to the next larger one, speed {falls} by more than the rounds differ.")
+    lines.append(f"`{result['command']}`, {result['date']}, commit {result['commit']}.")
+    return "  \n".join(lines)  # two spaces: a line break in Markdown
+
+
+def _what(settings: Mapping[str, Any]) -> str:
+    size = f", {mebibytes('checkpoint_bytes')(settings)} of float32" if "checkpoint_bytes" in settings else ""
+    conditions = "".join(f"; {condition}" for condition in settings.get("conditions", ()))
+    state = settings["file_state"]
+    return f"{settings['model']}{size}; input: {settings['input']}; weight file **{state}**{conditions}."
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("torch", "transformers", "accelerate", "llama-cpp-python")
+        if machine.get(name)
+    )
+    memory = f"{machine['memory_bytes'] / (1 << 30):.0f} GiB"
+    return f"{machine['processor']}, {machine['cores']} cores, {memory}, {machine['system']}, {versions}."
+
+
+def _how(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    rounds = max((row.get("rounds", 0) for row in rows), default=0) or settings.get("rounds", 0)
+    turns = f", {settings['passes_in_turn']} passes in turn in one process" if "passes_in_turn" in settings else ""
+    return f"Medians of {rounds} rounds in which the rows take turns{turns}; in brackets the smallest and the largest."

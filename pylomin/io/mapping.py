@@ -1,0 +1,42 @@
+"""Pages of a file shown in memory of our own, without a copy.
+
+Python's ``mmap`` duplicates the descriptor for every mapping, which 10,000 weights cannot afford. So it only makes the
+place, anonymous memory without a descriptor, whose end is C code that no interrupt stops; the file goes over it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+from pylomin.io import syscalls
+from pylomin.io.buffers import PAGE_BYTES, aligned
+
+
+def mapped_bytes(offset_bytes: int, nbytes: int) -> int:
+    """Bytes of the pages that hold a range of a file."""
+    return aligned(offset_bytes % PAGE_BYTES + nbytes, PAGE_BYTES)
+
+
+def show_pages(fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
+    """Let ``pages`` show the file pages that hold a range, at ``at_bytes``. OSError, and then they are as before."""
+    address, length = _place(offset_bytes, nbytes, pages, at_bytes)
+    try:
+        syscalls.map_file(address, length, fd, offset_bytes - offset_bytes % PAGE_BYTES)
+    except OSError:
+        # Some kernels unmap first and then fail; others' memory must not come where ``pages`` will be unmapped.
+        syscalls.fill_hole(address, length)
+        raise
+
+
+def fault_in(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
+    """Fault in what :func:`show_pages` mapped, ahead of use. OSError where a use would be a bus error."""
+    syscalls.populate(*_place(offset_bytes, nbytes, pages, at_bytes))
+
+
+def _place(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> tuple[int, int]:
+    """Address and length of the pages for a range of a file."""
+    length = mapped_bytes(offset_bytes, nbytes)
+    if at_bytes % PAGE_BYTES or at_bytes < 0 or at_bytes + length > len(pages):
+        raise ValueError(f"{length} bytes do not fit at {at_bytes} of {len(pages)} bytes of pages")
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages, at_bytes)), length

@@ -1,0 +1,135 @@
+"""Where extents of a file come to lie in one buffer, in each reading mode, so that tensors can use them there."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, BufferPool, aligned
+from pylomin.io.direct import direct_bytes
+from pylomin.io.files import Extent, WeightFile
+from pylomin.io.mapping import mapped_bytes
+from pylomin.io.modes import Mode
+from pylomin.io.runs import Run, coalesce
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRun:
+    """A run of extents and its part of the buffer."""
+
+    run: Run
+    mode: Mode
+    at_bytes: int  # where its part of the buffer starts
+    offsets: tuple[int, ...]  # where in the buffer each extent of the run starts
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A layout of extents in one buffer; made by :func:`place`."""
+
+    mode: Mode
+    runs: tuple[PlacedRun, ...]
+    buffer_bytes: int
+    offsets: tuple[int, ...]  # where in the buffer each extent starts, in the order given; multiples of 64
+
+    def try_take(self, pool: BufferPool) -> Any | None:
+        """The buffer of ``buffer_bytes`` (> 0), or None where the pool's limit leaves no room.
+
+        Something that :func:`torch.frombuffer` takes, and whose bytes are in use until the last tensor on it dies.
+        """
+        take = pool.try_take_pages if self.mode == "mapped" else pool.try_take
+        return take(self.buffer_bytes)
+
+
+def can_map(extents: Sequence[Extent]) -> bool:
+    """Are all extents aligned in the file as tensors must be in memory?"""
+    return all(extent.start % ALIGNMENT_BYTES == 0 for extent in extents)
+
+
+def place(extents: Sequence[Extent], mode: Mode) -> Placement:
+    """Lay extents of one file, in any order and also overlapping, out in one buffer.
+
+    In mapped mode, runs that cannot be used where they lie, or that the system refuses to map, are read into pages
+    of the same buffer.
+    """
+    wanted = [i for i, extent in enumerate(extents) if extent.nbytes]
+    offsets = [0] * len(extents)
+    runs: list[PlacedRun] = []
+    end = 0
+    for run in coalesce([extents[i] for i in wanted], gaps_take_memory=mode != "buffered"):
+        run = Run(run.extents, tuple(wanted[i] for i in run.members))
+        if mode == "mapped" and can_map(run.extents):
+            placed, end = _mapped(run, aligned(end, PAGE_BYTES))
+        elif mode == "direct":
+            placed, end = _direct(run, aligned(end, PAGE_BYTES))
+        else:
+            placed, end = _packed(run, aligned(end))
+        runs.append(placed)
+        for i, offset in zip(run.members, placed.offsets, strict=True):
+            offsets[i] = offset
+    return Placement(mode, tuple(runs), end, tuple(offsets))
+
+
+def read_run(file: WeightFile, placed: PlacedRun, buffer: Any, *, drop_cache: bool = False) -> None:
+    """Bring the bytes of one run into its part of the buffer. The GIL is released while they come.
+
+    Args:
+        buffer: from :meth:`Placement.try_take`.
+        drop_cache: leave nothing of a buffered read in the page cache.
+
+    Raises:
+        StoreReadError, StoreChangedError: as :meth:`WeightFile.read`.
+    """
+    run = placed.run
+    if placed.mode == "mapped" and file.map(run.start, run.nbytes, buffer, placed.at_bytes):
+        return
+    view = memoryview(buffer).cast("B")
+    if placed.mode == "direct":
+        file.read_direct(run.start, run.nbytes, view[placed.at_bytes :])
+        _align(placed, ctypes.addressof(ctypes.c_char.from_buffer(view)))
+        return
+    destinations = [view[at : at + extent.nbytes] for at, extent in zip(placed.offsets, run.extents, strict=True)]
+    file.read(run.start, run.scatter(destinations), drop_cache=drop_cache)
+
+
+def _mapped(run: Run, at_bytes: int) -> tuple[PlacedRun, int]:
+    before = run.start % PAGE_BYTES
+    offsets = tuple(at_bytes + before + extent.start - run.start for extent in run.extents)
+    return PlacedRun(run, "mapped", at_bytes, offsets), at_bytes + mapped_bytes(run.start, run.nbytes)
+
+
+def _packed(run: Run, at_bytes: int) -> tuple[PlacedRun, int]:
+    offsets = []
+    end = at_bytes
+    for extent in run.extents:
+        offsets.append(aligned(end))
+        end = offsets[-1] + extent.nbytes
+    return PlacedRun(run, "buffered", at_bytes, tuple(offsets)), end
+
+
+def _direct(run: Run, at_bytes: int) -> tuple[PlacedRun, int]:
+    """Extents arrive as they lie in the file; then each moves up to the next aligned place that is free."""
+    offsets: list[int] = []
+    end = at_bytes
+    for extent, source in zip(run.extents, _sources(run, at_bytes), strict=True):
+        offsets.append(aligned(max(source, end)))
+        end = offsets[-1] + extent.nbytes
+    read_end = at_bytes + direct_bytes(run.start, run.nbytes)
+    return PlacedRun(run, "direct", at_bytes, tuple(offsets)), max(end, read_end)
+
+
+def _align(placed: PlacedRun, address: int) -> None:
+    sources = _sources(placed.run, placed.at_bytes)
+    moves = list(zip(placed.run.extents, sources, placed.offsets, strict=True))
+    # From the last to the first: each goes up, into what those after it have left.
+    for extent, source, destination in reversed(moves):
+        if source != destination:
+            ctypes.memmove(address + destination, address + source, extent.nbytes)
+
+
+def _sources(run: Run, at_bytes: int) -> list[int]:
+    """Where in the buffer a direct read puts the extents."""
+    before = run.start % PAGE_BYTES
+    return [at_bytes + before + extent.start - run.start for extent in run.extents]

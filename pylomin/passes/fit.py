@@ -1,0 +1,171 @@
+"""``fit``: everything that makes a model run as fast as it can within a memory budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pylomin.errors import BudgetError, PassError
+from pylomin.io.modes import Mode
+from pylomin.lazy.module import LazyModule, whole_weights
+from pylomin.lazy.offload import check_mode, offloaded_slots, residencies_of
+from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.passes.chunked_embedding import chunked_embedding
+from pylomin.passes.lazy_loading import lazy_loading
+from pylomin.passes.memory_budget import set_memory_budget
+from pylomin.passes.prefetch import prefetch
+from pylomin.passes.selection import ModuleT, check_model
+from pylomin.residency.limits import format_bytes, parse_bytes
+from pylomin.residency.memory_limits import memory_limits
+from pylomin.residency.residency import Residency
+from pylomin.residency.trace import Key
+from pylomin.store.base import WeightStore
+
+CHUNK_BYTES = 4 << 20  # 4 MiB; rows of a table that are looked up at one time, where the budget is large
+CHUNK_SHARE = 16  # of the budget, where it is small
+SPARE_SHARE = 0.2  # of free memory, left for activations and everything else
+SPARE_BYTES = 256 << 20  # 256 MiB; at least so much
+
+
+def fit(
+    model: ModuleT,
+    memory_budget: int | str | None = None,
+    *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore | None = None,
+    device: torch.device | str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    reading_mode: Mode | None = None,
+) -> ModuleT:
+    """Apply the passes that suit a memory budget, and plan what stays in memory.
+
+    Weights are offloaded (unless they are already), large embeddings are looked up in chunks, linears that are too
+    large for the budget are multiplied by tiles, what streams is read ahead, and as much as fits stays.
+    ``print(pylomin.plan_of(model))`` says what was chosen, and why.
+
+    Args:
+        model: changed in place and returned.
+        memory_budget: ceiling on weights that are in memory at one time, as in :func:`pylomin.lazy_loading`. Default:
+            what the container or the machine has free, less a fifth (at least 256 MiB) for everything else.
+        args: example inputs. With them the model is run twice, so that the order in which weights are used, the time
+            that computing takes and the speed of the disk are measured, not assumed, and the plan can predict the time
+            of a pass.
+        kwargs: keyword arguments of the example.
+        weights, device, output_dir, reading_mode: as in :func:`pylomin.lazy_loading`, for what is not offloaded yet.
+
+    Raises:
+        BudgetError: the budget is too small for what one operation needs, naming it and what would work; or none was
+            given and the system does not say what is free.
+        PassError: an argument is wrong. The model is unchanged.
+
+    >>> model = fit(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), "1MiB", args=[torch.ones(1, 8)])
+    """
+    check_model(model)
+    check_mode(reading_mode)
+    budget, why = _free_memory() if memory_budget is None else (parse_bytes(memory_budget), "as given")
+    if args is not None and not isinstance(args, (list, tuple)):
+        raise PassError(f"args is a {type(args).__name__}; expected a list of positional arguments: args=[tokens].")
+    if any(not isinstance(parameter, OffloadedTensor) for parameter in model.parameters()) or weights is not None:
+        lazy_loading(
+            model,
+            weights=weights,
+            device=device,
+            output_dir=output_dir,
+            memory_budget=budget,
+            reading_mode=reading_mode,
+        )
+    else:
+        set_memory_budget(model, budget)
+        if reading_mode is not None:
+            for residency in residencies_of(model):
+                residency.set_reading_mode(reading_mode)
+    chunk_bytes = max(1, min(CHUNK_BYTES, budget // CHUNK_SHARE))
+    tables = _chunk_tables(model, chunk_bytes)
+    prefetch(model)
+    for residency in residencies_of(model):
+        residency.adopt(_order_of_definition(model, residency))
+    if args is not None or kwargs is not None:
+        _measure(model, args or (), kwargs or {})
+    for residency in residencies_of(model):
+        residency.choices = _choices(model, residency, why, tables, chunk_bytes)
+    return model
+
+
+def _free_memory() -> tuple[int, str]:
+    limits = memory_limits()
+    if limits.available_bytes is None:
+        raise BudgetError(f"{limits.source}, so there is no default for memory_budget; give one, such as '4GiB'.")
+    spare_bytes = max(SPARE_BYTES, int(SPARE_SHARE * limits.available_bytes))
+    if spare_bytes >= limits.available_bytes:
+        raise BudgetError(
+            f"only {format_bytes(limits.available_bytes)} of memory are free ({limits.source}), and "
+            f"{format_bytes(spare_bytes)} are left for other things by default. Give a memory_budget."
+        )
+    return limits.available_bytes - spare_bytes, f"what is free ({limits.source}), less {format_bytes(spare_bytes)}"
+
+
+def _chunk_tables(model: nn.Module, chunk_bytes: int) -> int:
+    """Bound the lookups of embeddings that are larger than a chunk; returns how many there are."""
+    tables = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and isinstance(module.weight, OffloadedTensor)
+        and module.max_norm is None
+        and module.weight.nbytes > chunk_bytes
+    ]
+    for table in tables:
+        row_bytes = max(1, table.weight.nbytes // max(1, len(table.weight)))
+        chunked_embedding(model, target_modules=[table], chunk_size=max(1, chunk_bytes // row_bytes))
+    return len(tables)
+
+
+def _order_of_definition(model: nn.Module, residency: Residency) -> list[Key]:
+    """A first guess at the order of uses: that in which modules stand in the model."""
+    order: list[Key] = []
+    for module in model.modules():
+        group = whole_weights(module) if isinstance(module, LazyModule) else []
+        if group and group[0].residency is residency:
+            order.append(tuple(weight.index for weight in group))
+    return order
+
+
+def _measure(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Run twice: the first pass warms up and shows the order, the second is timed."""
+    for _ in range(2):
+        residencies = residencies_of(model)
+        for residency in residencies:
+            residency.start_recording()
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+        finally:
+            recorded = [(residency, residency.stop_recording()) for residency in residencies]
+        for residency, measured in recorded:
+            if measured is not None:
+                residency.adopt(measured.order, measured)
+
+
+def _choices(model: nn.Module, residency: Residency, why: str, tables: int, chunk_bytes: int) -> dict[str, str]:
+    tiled = {p.weight: None for _, p in offloaded_slots(model) if p.weight.tiled and p.weight.residency is residency}
+    choices = {"budget": why}
+    if tiled:
+        largest = max(tiled, key=lambda weight: weight.nbytes)
+        choices["tiles"] = (
+            f"{len(tiled)} linears, for they do not fit beside what comes next; the largest is '{largest.name}' "
+            f"({format_bytes(largest.nbytes)})"
+        )
+    if tables:
+        choices["embeddings"] = f"{tables} looked up by rows, {format_bytes(chunk_bytes)} of them at one time"
+    if residency.reads_inline:
+        choices["prefetch"] = "none, for mapped weights need no copy"
+    elif residency.retention.schedule is not None and not residency.retention.streams:
+        choices["prefetch"] = "none, for everything stays in memory"
+    else:
+        choices["prefetch"] = "what streams is read in the background, in the order of use"
+    return choices

@@ -1,0 +1,60 @@
+"""How much of a large weight is in memory at one time. Pure."""
+
+from __future__ import annotations
+
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, block_bytes
+from pylomin.residency.weight import Layout, Weight
+
+TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
+
+
+def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
+    """Rows of ``weight`` (lines of its memory) that are used at one time; None where it is loaded whole.
+
+    A row's bytes in memory, with its conversions, are ``weight.element_bytes`` times the numel of ``lines_of``.
+    """
+    if not weight.tileable:
+        return None
+    if weight.tile_rows is None and fits_twice(weight.layout.numel * weight.element_bytes, memory_budget):
+        return None  # most weights in most forwards
+    if not weight.keeps_order or not weight.nbytes:
+        return None
+    count, numel = lines_of(weight.layout)
+    return lines_per_tile(count, numel * weight.element_bytes, weight.tile_rows, memory_budget)
+
+
+def bytes_per_tile(weight: Weight, memory_budget: int | None) -> int:
+    """What one tile of a tiled weight takes in the ledger."""
+    lines = tile_rows(weight, memory_budget) or 0
+    return block_bytes(lines * lines_of(weight.layout)[1] * weight.element_bytes)
+
+
+def lines_per_tile(count: int, line_bytes: int, wanted: int | None, memory_budget: int | None) -> int | None:
+    """Of ``count`` lines that lie one after the other in memory, how many to load at one time; None for all.
+
+    Args:
+        wanted: as many as the user asked for.
+        memory_budget: what does not fit twice is tiled, so that there is room for it and for what comes next. One tile
+            takes at most a quarter: there are two, one in use and one on its way, beside what is held.
+    """
+    if wanted is None or wanted >= count:
+        if fits_twice(count * line_bytes, memory_budget):
+            return None
+        wanted = TILE_BYTES // max(1, line_bytes)
+    if memory_budget is not None:
+        quarter = memory_budget // 4
+        quarter -= PAGE_BYTES if quarter >= SMALL_BYTES else ALIGNMENT_BYTES  # which its memory is rounded up to
+        wanted = min(wanted, quarter // max(1, line_bytes))
+    lines = max(1, wanted)
+    return lines if lines < count else None
+
+
+def fits_twice(nbytes: int, memory_budget: int | None) -> bool:
+    return memory_budget is None or 2 * nbytes <= memory_budget
+
+
+def lines_of(layout: Layout) -> tuple[int, int]:
+    """How many lines a dense layout has, and the elements of one: rows, where it is row-major."""
+    sizes = [(step, size) for step, size in zip(layout.stride, layout.shape, strict=True) if size > 1]
+    count = max(sizes)[1] if sizes else 1
+    return count, layout.numel // count

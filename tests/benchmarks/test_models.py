@@ -1,0 +1,89 @@
+"""What the benchmarks compute beside pylomin: the order of rows in a GGUF, the bytes that experts need, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import big_linear, many_tensors, suite
+from benchmarks.gguf_file import gguf_name, interleaved
+from benchmarks.moe import SIZES, Needed, Qwen2MoeForCausalLM
+from benchmarks.suite import make_room
+
+
+def test_interleaved_rows_rotate_alike() -> None:
+    """llama.cpp turns rows (0, 1) of a head together, transformers rows (0, half)."""
+    heads, width = 2, 8
+    weight = torch.randn(heads * width, 3)
+    mixed = interleaved(weight, heads).view(heads, width, 3)
+    halves = weight.view(heads, width, 3)
+    for pair in range(width // 2):
+        assert torch.equal(mixed[:, 2 * pair], halves[:, pair])
+        assert torch.equal(mixed[:, 2 * pair + 1], halves[:, pair + width // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.11.mlp.down_proj.weight", "blk.11.ffn_down.weight"),
+        ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+        ("lm_head.weight", "output.weight"),
+    ],
+)
+def test_gguf_names(name: str, expected: str) -> None:
+    assert gguf_name(name) == expected
+
+
+def test_needed_bytes_are_shared_weights_and_routed_experts() -> None:
+    config = SIZES["tiny"]
+    model = Qwen2MoeForCausalLM(config).eval()
+    needed = Needed(model)
+    with torch.inference_mode():
+        model(torch.tensor([[1]]))
+    sizes = {name: weight.numel() * 4 for name, weight in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    embedding = sizes["model.embed_tokens.weight"]
+    expected = sum(sizes.values()) - experts - embedding
+    expected += experts * config.num_experts_per_tok // config.num_experts + embedding // config.vocab_size
+    assert needed.take() == expected
+    assert needed.take() < expected, "a pass starts anew"
+
+
+def test_shards_hold_the_model_and_are_kept(tmp_path: Path) -> None:
+    index = many_tensors.sharded_checkpoint(120, 2, tmp_path / "shards")
+    assert len(set(json.loads(index.read_text())["weight_map"].values())) == 3
+    model = many_tensors.load(120, 2, index.parent)
+    assert torch.equal(model[119].weight.detach().clone(), torch.full((2, 2), 0.5))  # type: ignore[index]
+    written = index.stat().st_mtime_ns
+    assert many_tensors.sharded_checkpoint(120, 2, index.parent).stat().st_mtime_ns == written
+
+
+def test_least_recently_used_checkpoints_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(suite, "DISK_BYTES", 250)
+    for name in ("old", "new"):
+        (make_room(tmp_path / "full" / name, 0) / "weights").write_bytes(bytes(100))
+    make_room(tmp_path / "full" / "third", 100)
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["new", "third"]
+    make_room(tmp_path / "full" / "new", 100)  # what it holds itself does not count twice
+    assert (tmp_path / "full" / "new" / "weights").exists()
+
+
+def test_worker_reports_within_its_budget(tmp_path: Path) -> None:
+    """One measured process from inside, in small."""
+    width, budget, weights = 256, 64 << 10, tmp_path / "model.safetensors"
+    big_linear.random_checkpoint(
+        lambda: torch.nn.Sequential(torch.nn.Linear(width, width, bias=False)), "test", weights
+    )
+    big_linear.work("resident", width, budget, weights)
+    report = big_linear.work("pylomin", width, budget, weights)
+    assert len(report["passes"]) == big_linear.PASSES
+    assert all(one["read_bytes"] >= width * width * 4 - budget for one in report["passes"])
+    assert len(report["bandwidth_bytes_per_s"]) == 2
+    assert report["ledger_peak_bytes"] <= budget
+    assert report["peak_weight_bytes"] <= budget
+    assert report["difference"] < 1e-4

@@ -1,0 +1,74 @@
+"""The example, and the benchmark of how much memory loading takes, in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from benchmarks import from_pretrained as benchmark
+from benchmarks.common import ROOT, WorkerRun
+from examples import generate
+
+
+def run_example(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    torch.manual_seed(0)
+    generate.main()
+
+
+def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("--tokens", "6", "--budget", "600KiB", monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("Once upon a time")
+    assert len(printed[0]) == len("Once upon a time") + 6
+    assert printed[1].startswith("6 tokens, ")
+    assert re.fullmatch(r"weights in memory: at most 0\.[1-6] of 2\.7 MB", printed[2])
+
+    with generate.tiny_model() as directory:
+        run_example(str(directory), "abc", "--tokens", "6", "--dtype", "bfloat16", monkeypatch=monkeypatch)
+        text = capsys.readouterr().out.splitlines()[0]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="bfloat16")
+        tokens = plain.generate(**tokenizer("abc", return_tensors="pt", return_token_type_ids=False), max_new_tokens=6)
+        assert text == tokenizer.decode(tokens[0])
+
+
+def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded: list[str] = []
+
+    def work(arguments: Sequence[str]) -> WorkerRun:
+        name, path = arguments[-2:]
+        loaded.append(name)
+        report: dict[str, Any] = benchmark.work(name, Path(path))
+        assert report["peak_rss_bytes"] > 1 << 20
+        return WorkerRun(report | {"peak_rss_bytes": 5 << 20 if name == "imports" else 7 << 20}, [])
+
+    monkeypatch.setattr(benchmark, "run_worker", work)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "from_pretrained.py"), "--size", "tiny"])
+    sys.argv += ["--directory", str(tmp_path), "--output", str(tmp_path)]
+    benchmark.main()
+    rows = json.loads((tmp_path / "from_pretrained.json").read_text())["rows"]
+    assert [row["checkpoint"] for row in rows] == ["single", "sharded", "experts"]
+    assert loaded == list(benchmark.WORKERS) * 3
+    for row in rows:
+        assert row["load_added_bytes"] == 2 << 20
+        assert row["checkpoint_bytes"] == _tensor_bytes(tmp_path / f"tiny-{row['checkpoint']}")
+        assert row["allowed_bytes"] == 2 * row["largest_tensor_bytes"] + (64 << 20)
+    assert not list(tmp_path.glob("*/saved"))
+
+    monkeypatch.setattr(benchmark, "ALLOWED_BYTES", 0)
+    with pytest.raises(SystemExit, match="more memory than allowed: single, sharded, experts"):
+        benchmark.main()
+
+
+def _tensor_bytes(directory: Path) -> int:
+    paths = list(directory.glob("*.safetensors"))
+    return sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in paths)
