@@ -7,8 +7,8 @@ process that saves all the time is killed at random moments, and what it left is
 
 from __future__ import annotations
 
-import argparse
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import pylomin
-from benchmarks.common import ROOT, Spread, paired_ratios, time_call, write_result
+from benchmarks.common import ROOT, Spread, paired_ratios, time_call
+from benchmarks.suite import DIRECTORY, parse, save
 
 CONTEXT = 32
 
@@ -129,9 +130,9 @@ def differences(size: Size, directory: Path) -> dict[str, Any]:
     return found
 
 
-def resuming(size: Size, directory: Path) -> dict[str, Any]:
+def resuming(directory: Path) -> dict[str, Any]:
     """A hundred steps with dropout, scaler and scheduler, in one go and from a checkpoint."""
-    small = SIZES["tiny"] if size.width > 64 else size
+    small = SIZES["tiny"]
 
     def make() -> tuple[nn.Module, torch.optim.Optimizer, Any, Any]:
         model = LanguageModel(small, dropout=0.1)
@@ -236,7 +237,8 @@ def weight_sums(model: nn.Module) -> list[float]:
 
 def kill_and_restore(directory: Path, generator: random.Random) -> bool:
     """Let a process save a few times, kill it in the middle; is the newest checkpoint there, and right?"""
-    command = [sys.executable, "-m", "benchmarks.training_checkpoints", "--save-until-killed", str(directory)]
+    worker = json.dumps({"directory": str(directory)})
+    command = [sys.executable, "-m", "benchmarks.training_checkpoints", "--worker", worker]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for _ in range(2 + generator.randrange(5)):
@@ -255,28 +257,25 @@ def kill_and_restore(directory: Path, generator: random.Random) -> bool:
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--save-until-killed", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.save_until_killed:
-        save_until_killed(arguments.save_until_killed)
+    options = parse("training_checkpoints", __doc__, rounds=7, limit_s=600)
+    if options.worker is not None:
+        save_until_killed(**options.worker)
         return
-    size = SIZES[arguments.size]
+    size = SIZES[options.size]
     generator = random.Random(0)
-    with tempfile.TemporaryDirectory(dir=ROOT) as scratch:
+    DIRECTORY.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=DIRECTORY) as scratch:
         directory = Path(scratch)
         results: dict[str, Any] = {
             "differences": differences(size, directory),
-            "resuming": resuming(size, directory),
-            "waiting": waiting(size, directory, arguments.rounds),
+            "resuming": resuming(directory),
+            "waiting": waiting(size, directory, options.rounds),
         }
-        restored = [kill_and_restore(directory / "killed", generator) for _ in range(size.kills)]
+        restored: list[bool] = []
+        while len(restored) < size.kills and (len(restored) < 2 or time.perf_counter() < options.deadline):
+            restored.append(kill_and_restore(directory / "killed", generator))
     results["kills"] = {"kills": len(restored), "restored": sum(restored)}
-    path = arguments.output / "training_checkpoints.json"
-    write_result(path, {"size": arguments.size, "rounds": arguments.rounds, **asdict(size)}, results)
+    save(options, {"rounds": options.rounds, **asdict(size)}, results)
     for name in ("int8", "int4", "exact", "exact, bfloat16"):
         found = results["differences"][name]
         print(
@@ -286,7 +285,7 @@ def main() -> None:
     print(f"resumed bit for bit: {results['resuming']['bit_for_bit']}")
     print(f"training waits {results['waiting']['wait_over_copy']['median']:.2f} times as long as a copy takes")
     print(f"restored after {results['kills']['restored']} of {results['kills']['kills']} kills")
-    print(f"Written: {path}")
+    print(f"Written: {options.result}")
 
 
 if __name__ == "__main__":
