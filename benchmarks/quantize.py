@@ -7,7 +7,6 @@ round first reads the source and writes as much as the result has, plainly, then
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -21,7 +20,9 @@ from typing import Any
 import torch
 
 import pylomin
-from benchmarks.common import ROOT, Spread, run_worker, write_result
+from benchmarks.common import Spread, run_worker
+from benchmarks.disk import drop_caches
+from benchmarks.suite import parse, save
 from pylomin.quantize.packing import SCHEMES
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
@@ -86,17 +87,9 @@ def errors_and_sizes(source: Path, directory: Path) -> dict[str, Any]:
     return found
 
 
-def forget(path: Path) -> None:
-    """Write what is not on disk yet, and drop the file from the page cache, as far as the system does as it is told."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def plain_read_s(path: Path) -> float:
     """Seconds to read a file in large blocks."""
-    forget(path)
+    drop_caches([path])
     buffer = bytearray(BLOCK_BYTES)
     start = time.perf_counter()
     with path.open("rb", buffering=0) as file:
@@ -118,7 +111,7 @@ def plain_write_s(path: Path, nbytes: int) -> float:
     return elapsed
 
 
-def work(source: Path, target: Path, scheme: str) -> None:
+def work(source: str, target: str, scheme: str) -> None:
     """Quantise once; print time and memory as JSON."""
     # Whatever is made once by the first use of torch is no part of it.
     pylomin.save_store({"w": torch.ones(64, 64)}, target, quantize=scheme, overwrite=True)
@@ -139,8 +132,9 @@ def speed_and_memory(source: Path, directory: Path, rounds: int, scheme: str) ->
     read_s, write_s = [], []
     for _ in range(rounds):
         read_s.append(plain_read_s(source))
-        forget(source)
-        run = run_worker(["-m", "benchmarks.quantize", "--work", str(source), str(target), scheme])
+        drop_caches([source])
+        worker = json.dumps({"source": str(source), "target": str(target), "scheme": scheme})
+        run = run_worker(["-m", "benchmarks.quantize", "--worker", worker])
         write_s.append(plain_write_s(directory / "plain", target.stat().st_size))
         times_s.append(run.report["elapsed_s"])
         added.append(run.report["added_bytes"])
@@ -158,35 +152,23 @@ def speed_and_memory(source: Path, directory: Path, rounds: int, scheme: str) ->
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--directory", type=Path, default=ROOT / ".demo", help="for checkpoints")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.work:
-        source, target, scheme = arguments.work
-        work(Path(source), Path(target), scheme)
+    options = parse("quantize", __doc__, rounds=3, limit_s=600)
+    if options.worker is not None:
+        work(**options.worker)
         return
-    shapes = SIZES[arguments.size]
-    arguments.directory.mkdir(parents=True, exist_ok=True)
-    paths = {name: arguments.directory / f"quantize-{name}.safetensors" for name in shapes}
-    try:
-        for name, path in paths.items():
+    shapes = SIZES[options.size]
+    options.make_room("quantize", 4 << 30)  # 4 GiB
+    directory = options.directory("quantize")
+    paths = {name: directory / f"{name}.safetensors" for name in shapes}
+    for name, path in paths.items():
+        if not path.exists():
             write_random(path, shapes[name])
-        results: dict[str, Any] = {"bert": errors_and_sizes(paths["bert"], arguments.directory)}
-        results["large"] = {
-            scheme: speed_and_memory(paths["large"], arguments.directory, arguments.rounds, scheme)
-            for scheme in ("int8", "int4")
-        }
-    finally:
-        for path in paths.values():
-            path.unlink(missing_ok=True)
+    results: dict[str, Any] = {"bert": errors_and_sizes(paths["bert"], directory)}
+    results["large"] = {
+        scheme: speed_and_memory(paths["large"], directory, options.rounds, scheme) for scheme in ("int8", "int4")
+    }
     largest_bytes = max(4 * torch.Size(shape).numel() for shape in shapes["large"].values())
-    settings = {"size": arguments.size, "rounds": arguments.rounds, "largest_weight_bytes": largest_bytes}
-    output = arguments.output / "quantize.json"
-    write_result(output, settings, results)
+    save(options, {"rounds": options.rounds, "largest_weight_bytes": largest_bytes}, results)
     for scheme, found in results["bert"].items():
         print(
             f"{scheme:8} {found['bytes'] / 1e9:.4f} GB, {found['times_smaller']:.2f} times smaller, relative RMS error "
@@ -199,7 +181,7 @@ def main() -> None:
             f"{found['added_bytes']['median'] / 2**20:.0f} MiB "
             f"(largest weight: {largest_bytes / 2**20:.0f} MiB)"
         )
-    print(f"Written: {output}")
+    print(f"Written: {options.result}")
 
 
 if __name__ == "__main__":
