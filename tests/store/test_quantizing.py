@@ -86,7 +86,7 @@ def test_schemes_that_do_not_suit_are_replaced_together(tmp_path):
         "rough": "bf16",
         "bad": "full",
     }
-    assert times == 3, "int8, then bf16 for both, then nothing for the bad one"
+    assert times == 2, "once with int8 for all, once with what suits each"
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
@@ -101,6 +101,13 @@ def test_a_rejection_is_raised_at_the_end():
         encoder.metadata(["w", "w_scale"])
     assert [part.name for part in encoder.encode(weight(tensors["w"], [4096]))] == ["w"]
     assert len(before) == 1
+
+
+@pytest.mark.parametrize("group_size", [0, -1, 1.5, True])
+def test_group_sizes(group_size, tmp_path):
+    with pytest.raises(pylomin.PassError, match=r"group_size is .*; expected a positive integer"):
+        pylomin.save_store({"w": torch.zeros(64, 64)}, tmp_path / "w", quantize="int8", group_size=group_size)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metadata_does_not_grow():
