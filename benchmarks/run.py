@@ -33,7 +33,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
             "save": "Memory and speed of the writers, on a 2 GB checkpoint",
             "quantize": "Size, error and speed of quantised stores",
-            "checkpoints": "Training checkpoints: deltas, standing still, kills",
+            "training_checkpoints": "Training checkpoints: deltas, standing still, kills",
             "fit": "What fit predicts against what is measured",
         }.items()
     },
