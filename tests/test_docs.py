@@ -9,6 +9,7 @@ import contextlib
 import io
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ SECONDS = re.compile(r"[\d.]+(e-\d+)? s\b")  # differ from run to run
 ERROR_CLASSES = {name for name, value in vars(errors).items() if isinstance(value, type)}
 
 
-def blocks_of(page: str) -> list[tuple[str, str]]:
-    """(language, content); in front of the content, the lines above it, so that tracebacks have the page's numbers."""
+def blocks_of(page: str) -> list[tuple[str, str, int]]:
+    """Of each block: language, content, number of lines above it."""
     text = (DOCS / page).read_text()
-    return [(match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2]) for match in BLOCK.finditer(text)]
+    return [(match[1], match[2], text.count("\n", 0, match.start(2))) for match in BLOCK.finditer(text)]
 
 
 def run(source: str, page: str, namespace: dict[str, Any]) -> str:
@@ -47,18 +48,16 @@ def shows(shown: str, printed: str) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize(
-    "page", [path.name for path in sorted(DOCS.glob("*.md")) if "```python\n" in path.read_text()]
-)
+@pytest.mark.parametrize("page", [path.name for path in sorted(DOCS.glob("*.md")) if "```python\n" in path.read_text()])
 def test_code_runs_and_prints_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if page == "troubleshooting.md":
         monkeypatch.setitem(sys.modules, "zstandard", None)  # it shows what happens where that is not installed
     namespace: dict[str, Any] = {"__name__": page}
-    blocks = [*blocks_of(page), ("", "")]
-    for (language, content), (next_language, shown) in zip(blocks, blocks[1:], strict=False):
+    blocks = [*blocks_of(page), ("", "", 0)]
+    for (language, content, lines_above), (next_language, shown, _) in pairwise(blocks):
         if language == "python":
-            printed = run(content, page, namespace)
+            printed = run("\n" * lines_above + content, page, namespace)  # so that tracebacks have the page's lines
             assert shows(shown if next_language == "text" else "", printed), f"{page} prints:\n{printed}"
 
 
