@@ -64,13 +64,13 @@ def test_code_runs_and_prints_what_is_shown(page: str, tmp_path: Path, monkeypat
 def test_every_public_name_is_in_the_reference() -> None:
     documented = re.findall(r"^::: pylomin\.(?:[\w.]+\.)?(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     assert len(documented) == len(set(documented))
-    assert set(pylomin.__all__) | ERROR_CLASSES <= set(documented)
+    assert not (set(pylomin.__all__) | ERROR_CLASSES) - set(documented)
 
 
 def test_every_error_has_a_section_with_its_text() -> None:
     sections = re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)[1:]
     by_name = {section.split("\n", 1)[0]: section for section in sections}
-    assert ERROR_CLASSES <= set(by_name)
+    assert not ERROR_CLASSES - set(by_name)
     for name in ERROR_CLASSES - {"PylominError"}:  # the base of the others
         assert f"```text\n{name}: " in by_name[name], name
 
