@@ -20,6 +20,15 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
 
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Called when a package is complete: a function goes before the module of its name, as it does for users."""
+        for name in pkg.exports or []:
+            member = pkg.members.get(str(name))
+            if isinstance(member, griffe.Module):
+                function = member.members[str(name)]
+                assert isinstance(function, griffe.Function)
+                pkg.set_member(str(name), function)
+
 
 def to_markdown(docstring: str) -> str:
     """Roles become links, or code where there is no page to link to; doctests become blocks of code."""
