@@ -54,13 +54,19 @@ Source = Annotated[
     Path,
     typer.Argument(
         exists=True,
+        metavar="SOURCE",
         help="A weight file (safetensors, .pt, .bin, .gguf, .npz, .npy), an index of shards, or a directory with one.",
     ),
 ]
 Directory = Annotated[
-    Path, typer.Argument(exists=True, file_okay=False, help="A directory that save_pretrained of transformers made.")
+    Path,
+    typer.Argument(
+        exists=True, file_okay=False, metavar="DIRECTORY", help="A directory that save_pretrained of transformers made."
+    ),
 ]
-Target = Annotated[Path, typer.Argument(help="A file NAME.safetensors, or a directory, which is created.")]
+Target = Annotated[
+    Path, typer.Argument(metavar="TARGET", help="A file NAME.safetensors, or a directory, which is created.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 Budget = Annotated[

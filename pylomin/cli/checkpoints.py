@@ -16,13 +16,23 @@ from pylomin.residency.limits import format_bytes
 
 checkpoint_commands = typer.Typer(no_args_is_help=True, help="List, show, compare and export training checkpoints.")
 
-Checkpoint = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The directory of a checkpoint.")]
+First = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="FIRST", help="A checkpoint.")]
+Second = Annotated[Path, typer.Argument(exists=True, file_okay=False, metavar="SECOND", help="Another one.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, metavar="DIRECTORY", help="The directory of a checkpoint.")
+]
 
 
 @checkpoint_commands.command("ls")
 def list_checkpoints(
     directory: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="A directory with checkpoints, or one of them.")
+        Path,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            metavar="DIRECTORY",
+            help="A directory with checkpoints, or one of them.",
+        ),
     ],
     as_json: Json = False,
 ) -> None:
@@ -104,8 +114,8 @@ def show_checkpoint(directory: Checkpoint, as_json: Json = False) -> None:
 
 @checkpoint_commands.command("diff")
 def diff_checkpoints(
-    first: Checkpoint,
-    second: Checkpoint,
+    first: First,
+    second: Second,
     every: Annotated[bool, typer.Option("--all", help="List tensors that are equal, too.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +38,10 @@ def export_onnx(
             "from Python: pylomin.export_onnx(model, args, path)."
         )
     model.config.use_cache = False
-    with working("Tracing the model"):
+    # Torch warns of itself, and logs which operators of packages that are not there it leaves out.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with working("Exporting"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             path = export_onnx(
                 model,
@@ -47,6 +52,7 @@ def export_onnx(
                 input_names=list(inputs),
                 opset=opset,
                 overwrite=overwrite,
+                progress=False,
             )
         except RuntimeError as error:  # torch.onnx.OnnxExporterError
             raise ExportError(f"torch cannot export {type(model).__name__}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ from pylomin.cli.arguments import Budget, Directory, Dtype, ModelDtype, dtype_na
 from pylomin.cli.output import note, working
 from pylomin.errors import PassError
 from pylomin.residency.limits import format_bytes
+
+_INCOMPLETE = "\ufffd"  # what a character of several tokens ends with until all of them are there
 
 
 def generate(
@@ -75,18 +78,38 @@ def _tokenizer(transformers: Any, directory: Any) -> Any:
 
 
 def _timed_streamer(transformers: Any, tokenizer: Any) -> Any:
-    """Writes tokens to stdout as they come, and knows when each came."""
+    """Writes each token to stdout as soon as it is text, and knows when it came.
 
-    class TimedStreamer(transformers.TextStreamer):  # type: ignore[misc]
+    Not transformers' TextStreamer, which waits for the end of a word.
+    """
+
+    class TimedStreamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
             self.started = time.perf_counter()
             self.times: list[float] = []
+            self._has_prompt = False
+            self._line: list[int] = []
+            self._shown = ""
 
         def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt:
-                self.times.append(time.perf_counter())
-            super().put(value)
+            if not self._has_prompt:
+                self._has_prompt = True
+                return
+            self.times.append(time.perf_counter())
+            self._line += value.reshape(-1).tolist()
+            text = tokenizer.decode(self._line, skip_special_tokens=True)
+            if not text.endswith(_INCOMPLETE):
+                self._show(text)
+                if text.endswith("\n"):
+                    self._line, self._shown = [], ""
+
+        def end(self) -> None:
+            self._show(tokenizer.decode(self._line, skip_special_tokens=True) + "\n")
+
+        def _show(self, text: str) -> None:
+            sys.stdout.write(text[len(self._shown) :])
+            sys.stdout.flush()
+            self._shown = text
 
     return TimedStreamer()
 

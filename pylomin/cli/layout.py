@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pylomin.quantize.packing import FULL, SCHEMES
 from pylomin.store.base import WeightStore
 from pylomin.store.deflated import DeflatedWeight
 from pylomin.store.extents import ExtentStore, StoredWeight
@@ -69,7 +70,7 @@ def _line(store: WeightStore, name: str, packed: Packed | None) -> WeightLine:
     )
     file = store.file if isinstance(store, QuantizedStore) else store
     assert isinstance(file, ExtentStore)
-    if packed is None or packed.scheme == "full":
+    if packed is None or packed.scheme == FULL:
         line = _placed(line, file, name)
         return line if packed is None else replace(line, reason=packed.reason or None)
     parts = [name + part.suffix for part in packed.packing.parts] if name in file else []
@@ -79,8 +80,8 @@ def _line(store: WeightStore, name: str, packed: Packed | None) -> WeightLine:
         layout=f"{packed.scheme} difference" if packed.is_difference else packed.scheme,
         start=extents[0].start if extents else None,
         stored_bytes=sum(extent.nbytes for extent in extents),
-        rms_error=packed.rms_error,
-        max_error=packed.max_error,
+        rms_error=packed.rms_error if packed.scheme in SCHEMES else None,
+        max_error=packed.max_error if packed.scheme in SCHEMES else None,
         reason=packed.reason or None,
     )
 
@@ -106,11 +107,15 @@ def _with_sharing(lines: list[WeightLine]) -> list[WeightLine]:
     """Note for each weight one before it in the file whose bytes it overlaps with."""
     furthest: dict[str, tuple[int, str]] = {}  # by path: where the one that reaches furthest so far ends, and its name
     shares: dict[str, str] = {}
-    placed = [(line.path, line.start, line.stored_bytes, line.name) for line in lines]
-    for path, start, nbytes, name in sorted((*entry,) for entry in placed if entry[1] is not None and entry[2]):
-        stop, other = furthest.get(path, (0, ""))
-        if stop > start:
-            shares[name] = other
-        if start + nbytes > stop:
-            furthest[path] = (start + nbytes, name)
+    placed = [
+        (line.start, line.start + line.stored_bytes, line)
+        for line in lines
+        if line.start is not None and line.stored_bytes
+    ]
+    for start, stop, line in sorted(placed, key=lambda entry: entry[0]):
+        reached, other = furthest.get(line.path, (0, ""))
+        if reached > start:
+            shares[line.name] = other
+        if stop > reached:
+            furthest[line.path] = (stop, line.name)
     return [replace(line, shares_with=shares.get(line.name)) for line in lines]

@@ -16,7 +16,7 @@ _MIB = 1 << 20
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Above, the groups in order of use, as wide as they are large in the course of a pass; below, the budget.
+    """Above, the sizes of what is used, in order, and what of it streams; below, the budget beside all weights.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pylomin.io import page_cache
@@ -30,15 +30,10 @@ class Speed:
     why_not: str = ""  # where there is no speed
 
 
-def speeds(paths: Sequence[str], limit_bytes: int, report: Callable[[int, int], None] | None = None) -> list[Speed]:
+def speeds(paths: Sequence[str], limit_bytes: int) -> list[Speed]:
     """Read at most ``limit_bytes`` of the files in each way, from the disk and from the page cache."""
     ways = [(mode, state) for state in ("cold", "cached") for mode in MODES if (mode, state) != ("direct", "cached")]
-    found = []
-    for done, (mode, state) in enumerate(ways):
-        if report is not None:
-            report(done, len(ways))
-        found.append(measure(paths, mode, state, limit_bytes))
-    return found
+    return [measure(paths, mode, state, limit_bytes) for mode, state in ways]
 
 
 def measure(paths: Sequence[str], mode: Mode, state: str, limit_bytes: int) -> Speed:

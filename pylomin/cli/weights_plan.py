@@ -6,8 +6,9 @@ from itertools import groupby
 from pathlib import Path
 
 from pylomin.cli.layout import files_of
-from pylomin.cli.reading import Speed, measure
+from pylomin.cli.reading import measure
 from pylomin.errors import BudgetError, PassError
+from pylomin.io.modes import Mode
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.plan import Plan, PlannedGroup, weight_identity
 from pylomin.residency.schedule import TYPICAL_COSTS, choose_residents, smallest_budget
@@ -57,7 +58,7 @@ def plan_of_weights(source: Path, budget_bytes: int) -> Plan:
         memory_budget=budget_bytes,
         window_bytes=schedule.window_bytes,
         peak_bytes=simulation.peak_bytes,
-        elapsed_s=simulation.elapsed_s,
+        elapsed_s=simulation.elapsed_s or None,
         choices={
             "order": "that of the file, for the model is not known",
             "time": f"reading alone, {why}; computing comes on top where it takes longer",
@@ -75,8 +76,9 @@ def groups_of(store: WeightStore) -> list[tuple[tuple[str, ...], int]]:
 
 
 def _costs(paths: list[str]) -> tuple[Costs, str]:
-    for mode in ("direct", "buffered"):
-        speed: Speed = measure(paths, mode, "cold", _MEASURED_BYTES)  # type: ignore[arg-type]  # both are modes
+    modes: tuple[Mode, ...] = ("direct", "buffered")
+    for mode in modes:
+        speed = measure(paths, mode, "cold", _MEASURED_BYTES)
         if speed.bytes_per_s is not None:
             return Costs(speed.bytes_per_s), f"at {format_bytes(int(speed.bytes_per_s))}/s from this disk"
     costs = TYPICAL_COSTS
