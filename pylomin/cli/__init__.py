@@ -12,8 +12,9 @@ def main() -> None:
     try:
         from pylomin.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _NEEDED:
+        package = (error.name or "").partition(".")[0]
+        if package not in _NEEDED:
             raise
-        print(f"pylomin: the command line needs {error.name}: pip install 'pylomin[cli]'", file=sys.stderr)
+        print(f"pylomin: the command line needs {package}: pip install 'pylomin[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
     app(prog_name="pylomin")
