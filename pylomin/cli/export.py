@@ -31,7 +31,7 @@ def export_onnx(
 
     with working("Opening the model"):
         model = open_model(directory)
-        inputs = example_inputs(model, tokens)
+        inputs = example_inputs(model, tokens, batch=2)  # torch takes a size of 1 for a constant
     if inputs is None:
         raise PassError(
             f"{type(model).__name__} takes {model.main_input_name!r}, for which no example can be made here. Export it "

@@ -54,19 +54,21 @@ def _saved_class(transformers: Any, directory: Path) -> Any:
     return transformers.AutoModel if found is None else found
 
 
-def example_inputs(model: Any, tokens: int) -> dict[str, Any] | None:
-    """Arguments for one forward of a batch of one; None for a kind of model that is not known here."""
+def example_inputs(model: Any, tokens: int, *, batch: int = 1) -> dict[str, Any] | None:
+    """Arguments for one forward; None for a kind of model that is not known here."""
     import torch
 
     config = model.config
     if model.main_input_name == "input_ids":
         vocabulary = config.get_text_config().vocab_size
-        ids = torch.arange(1, tokens + 1).remainder(vocabulary).unsqueeze(0)
+        ids = torch.arange(1, tokens + 1).remainder(vocabulary).repeat(batch, 1)
         return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
     if model.main_input_name == "pixel_values" and getattr(config, "image_size", None):
         size = config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)}
+        return {
+            "pixel_values": torch.zeros(batch, getattr(config, "num_channels", 3), height, width, dtype=model.dtype)
+        }
     return None
 
 

@@ -20,7 +20,7 @@ def source(tmp_path):
 
 
 def test_convert_keeps_the_bits(run, source, tmp_path):
-    target = tmp_path / "out" / "w.safetensors"
+    target = tmp_path / "copy.safetensors"
     assert run("convert", source, target).stdout == f"{target}\n"
     store = pylomin.open_store(target)
     assert {name: read_bytes(store, name) for name in store} == {n: t.numpy().tobytes() for n, t in WEIGHTS.items()}
