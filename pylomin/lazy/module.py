@@ -26,8 +26,13 @@ class LazyModule(nn.Module):
     to put back when a forward raises.
     """
 
+    finds_parameters: bool  # the module's own class leaves it to nn.Module to find parameters
+
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        # What nn.Module looks for first, too; a class may answer for its parameters itself.
+        value = self.__dict__["_parameters"].get(name) if type(self).finds_parameters else None
+        if value is None:
+            value = super().__getattr__(name)
         if type(value) is not OffloadedTensor:
             return value
         weight = value.weight
@@ -36,7 +41,7 @@ class LazyModule(nn.Module):
             return value
         # A trace would record the twin as a constant that requires grad, which it cannot.
         if value.trainable and not torch.is_grad_enabled() and not is_tracing():
-            return weight.trainable_twin()
+            return weight.trainable_twin() if weight.twin is None else weight.twin
         return tensor
 
     def __copy__(self) -> nn.Module:
@@ -74,15 +79,12 @@ def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return super(lazy, self).forward(*args, **kwargs)  # type: ignore[misc]
-
     @not_compiled
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         group = whole_weights(self)
         if not group:
-            return run(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
         weights = group
         for weight in group:
             if weight.tiled and not is_tracing():
@@ -91,16 +93,17 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
         hold = group[0].residency.hold(weights, group)
         if is_tracing():
             with Untraced(hold):
-                return run(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
         with hold:
             if not torch.is_grad_enabled():
-                return run(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
             with saving_pointers(weights):
-                return run(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
 
     mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)
     taken = {n: getattr(cls, n) for n in ("__copy__", "__deepcopy__") if hasattr(cls, n)}  # the user's own
     namespace = taken | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "lazy_of": cls}
+    namespace["finds_parameters"] = cls.__getattr__ is nn.Module.__getattr__
     lazy: type[nn.Module] = type(cls)(f"Lazy{cls.__name__}", (*mixins, cls), namespace)  # type: ignore[misc]
     return lazy
 

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +32,9 @@ from pylomin.residency.trace import Key
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout
 from pylomin.store.scratch import ScratchDirectory
 
+RESIDENT = State.RESIDENT  # looked up in every forward
 RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
+MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
 REVIEW_S = 1.0
 GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
@@ -95,13 +96,15 @@ class Residency:
         self._weights_seen = 0
         self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
+        self._places: dict[Key, loading.Places] = {}
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
         self._uses = 0
+        self._settled = False  # all that is used stays: nothing to predict, and nothing to read
         self._kept_bytes = 0
         self._largest_bytes = 0  # of anything loaded together so far
-        self._holders: Counter[int] = Counter()  # pins by thread
+        self._holders: dict[int, int] = {}  # holds by thread
         self._waiting: dict[
             int, Callable[[], bool]
         ] = {}  # threads that wait for memory, and whether they still need to
@@ -166,7 +169,7 @@ class Residency:
     def start_recording(self) -> None:
         """Record uses, of all threads, until :meth:`stop_recording`."""
         with self.lock:
-            self._recording = Recording(self.stats())
+            self._recording, self._settled = Recording(self.stats()), False
 
     def stop_recording(self) -> Measured | None:
         """What was recorded; None if nothing was used."""
@@ -236,8 +239,12 @@ class Residency:
             for weight in hold.weights:
                 weight.holds += 1
                 hold.pinned.append(weight)
-            self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] + 1, True
-            if not _any_not_resident(hold.weights):
+            holders, me = self._holders, hold.thread_id
+            holders[me], hold.counted = holders.get(me, 0) + 1, True
+            for weight in hold.weights:
+                if weight.state is not RESIDENT:
+                    break
+            else:
                 self._used(hold, missed=False)
                 return
         missed, waiter = False, None
@@ -275,7 +282,8 @@ class Residency:
             if hold.claimed:
                 self.load_failed(hold.claimed)
                 hold.claimed = []
-            self._waiting.pop(hold.thread_id, None)
+            if self._waiting:
+                self._waiting.pop(hold.thread_id, None)
             self._unpin(hold)
         if first_error is not None:
             raise first_error
@@ -302,8 +310,8 @@ class Residency:
         room = None
         while room is None:
             with self.lock:
-                piece = loading.Piece.of(weight, runs)
-                room = self._find_room([weight], [piece], lambda: True, me, waiter)
+                places = loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
+                room = self._find_room([weight], places, lambda: True, me, waiter)
                 if room is None:
                     waiter.enlist(self._waiters)
                 else:
@@ -314,7 +322,7 @@ class Residency:
         values = room.load()[0]
         read_s = time.perf_counter() - started
         with self.lock:
-            self.run_was_read(piece, read_s)
+            self.run_was_read(places, read_s)
             self._stats.stall_s += read_s
         return values
 
@@ -336,10 +344,10 @@ class Residency:
             yield values
             del values
 
-    def run_was_read(self, piece: loading.Piece, read_s: float) -> None:
+    def run_was_read(self, places: loading.Places, read_s: float) -> None:
         with self.lock:
             self._stats.loads += 1
-            self._stats.bytes_read += piece.stored_bytes
+            self._stats.bytes_read += places.stored_bytes
             self._stats.read_s += read_s
 
     def waited(self, seconds: float) -> None:
@@ -377,9 +385,8 @@ class Residency:
         missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
         if not missing:
             return None
-        pieces = [loading.Piece.of(weight) for weight in missing]
         needed = partial(_any_offloaded, missing)
-        room = self._find_room(missing, pieces, needed, hold.thread_id, waiter)
+        room = self._find_room(missing, self.places_of(missing), needed, hold.thread_id, waiter)
         if room is None:
             return None
         hold.claimed = missing
@@ -388,16 +395,18 @@ class Residency:
 
     def _used(self, hold: Hold, missed: bool) -> None:
         self._uses += 1
+        if missed:
+            self._stats.loads += 1
+        else:
+            self._stats.hits += 1
+            if self._settled and not self._ahead:
+                return
         for weight in hold.weights:
             loaded: Loaded = weight.loaded
             loaded.last_use = self._uses
             if not loaded.used:
                 loaded.used = True
                 self._ahead.pop(loaded, None)
-        if missed:
-            self._stats.loads += 1
-        else:
-            self._stats.hits += 1
         group = hold.weights if hold.group is None else hold.group
         for weight in group:
             if weight.transient:
@@ -420,6 +429,7 @@ class Residency:
             weight.tiled = tile_rows(weight, self.memory_budget) is not None
         groups = self.footprints(order) if self.memory_budget is not None else {}
         self.retention.plan(order, groups, self.memory_budget, reads_ahead=self.reads_ahead)
+        self._settled = self.retention.schedule is not None and not self.retention.streams and self._recording is None
         if self.retention.schedule is None:
             return
         for weight in list(self._weights.values()):
@@ -443,20 +453,33 @@ class Residency:
         self._reviewed_s = time.perf_counter()
         weights = [weight for weight in list(self._weights.values()) if not weight.transient]
         kept_bytes = self.memory_budget or 2 * self._largest_bytes
-        self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+        mode, self.reading = (
+            self.reading.mode,
+            choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes),
+        )
+        if self.reading.mode != mode:
+            self._places.clear()
 
     def _footprint(self, key: Key) -> Group:
         weights = self.weights_of(key)
-        whole_bytes = self._room_for(weights).resident_bytes
+        whole_bytes = self.places_of(weights).resident_bytes
         at_one_time = 2 if self.reads_ahead else 1
         tiles_bytes = [at_one_time * bytes_per_tile(w, self.memory_budget) for w in weights if w.tiled]
         if not tiles_bytes:
             return Group(whole_bytes)
         held = [weight for weight in weights if not weight.tiled]
-        return Group(whole_bytes, self._room_for(held).resident_bytes + max(tiles_bytes))
+        return Group(whole_bytes, self.places_of(held).resident_bytes + max(tiles_bytes))
 
-    def _room_for(self, weights: Iterable[Weight]) -> loading.Room:
-        return loading.Room([loading.Piece.of(weight) for weight in weights], self.reading)
+    def places_of(self, weights: Sequence[Weight]) -> loading.Places:
+        """Where weights that are loaded together come to lie; remembered, for they will be again."""
+        key = tuple([weight.index for weight in weights])
+        places = self._places.get(key)
+        if places is None or not places.of_weights(weights):
+            if len(self._places) > MOST_PLACES + 2 * len(self._weights):
+                self._places.clear()
+            places = loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
+            self._places[key] = places
+        return places
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
@@ -466,7 +489,8 @@ class Residency:
     def load_finished(
         self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
     ) -> None:
-        loaded = Loaded(tuple(weight.index for weight in weights), room.resident_bytes)
+        places = room.places
+        loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes)
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -476,9 +500,9 @@ class Residency:
                 weight.loaded_version = weight.tensor._version
                 weight.loaded = loaded
                 weight.state = State.RESIDENT
-        self._stats.bytes_read += sum(piece.stored_bytes for piece in room.pieces)
+        self._stats.bytes_read += places.stored_bytes
         self._stats.read_s += read_s
-        self._largest_bytes = max(self._largest_bytes, room.peak_bytes)
+        self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
         self._wake()
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
@@ -497,10 +521,11 @@ class Residency:
                 hold.unsettled.append(loaded)
             weight.holds -= 1
             del hold.pinned[-1]
+        holders, thread_id = self._holders, hold.thread_id
         if hold.counted:
-            self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] - 1, False
-        if self._holders[hold.thread_id] <= 0:
-            self._holders.pop(hold.thread_id, None)
+            holders[thread_id], hold.counted = holders.get(thread_id, 1) - 1, False
+        if holders.get(thread_id, 1) <= 0:
+            del holders[thread_id]
         if hold.unsettled:
             while hold.unsettled:
                 loaded = hold.unsettled[-1]
@@ -576,21 +601,22 @@ class Residency:
     def _find_room(
         self,
         weights: Sequence[Weight],
-        pieces: Sequence[loading.Piece],
+        places: loading.Places,
         needed: Callable[[], bool],
         thread_id: int,
         waiter: _Waiter | None,
     ) -> loading.Room | None:
-        """Memory for ``pieces``; None if the caller has to wait for it, as long as ``needed``."""
+        """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
         while True:
-            room = loading.try_reserve(self.pool, pieces, self.reading)
+            room = loading.try_reserve(self.pool, places, drop_cache=self.reading.drop_cache)
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
-        room = loading.try_reserve(self.pool, pieces, Reading("buffered", self.reading.mode != "mapped"))
+        exact = loading.Places(places.pieces, "buffered")
+        room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped")
         if room is not None:
             self._waiting.pop(thread_id, None)
             return room
@@ -598,7 +624,7 @@ class Residency:
         if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
             waiter.hopeless += 1
             if waiter.hopeless > GRACE:
-                raise self._over_budget(weights, pieces)
+                raise self._over_budget(weights, exact)
         self._waiting[thread_id] = needed
         return None
 
@@ -616,9 +642,9 @@ class Residency:
         for waiter in waiters:
             waiter.wake()
 
-    def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
+    def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
-        needed_bytes = loading.Room(pieces, self.reading).peak_bytes
+        needed_bytes = places.peak_bytes
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
         return BudgetError(
             f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "
@@ -642,7 +668,7 @@ class Residency:
     @property
     def reads_inline(self) -> bool:
         """Reading ahead would cost more than it saves: there is nothing to copy."""
-        return self.reading.mode == "mapped"
+        return self.reading.mode == "mapped" and self.reading.is_cached
 
     def read_on(self) -> None:
         """Under the lock: a background read has finished, and another can be begun."""
@@ -712,7 +738,8 @@ class Residency:
         for hold in gc.get_objects():
             if type(hold) is Hold and hold.residency is self and hold.thread_id != me:
                 self._unpin(hold)
-        self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
+        mine = self._holders.get(me, 0)
+        self._holders = {me: mine} if mine > 0 else {}
 
 
 def resident_bytes_of_all() -> int:
@@ -724,11 +751,6 @@ def _any_offloaded(weights: Sequence[Weight]) -> bool:
     return any(weight.state is State.OFFLOADED for weight in weights)
 
 
-def _any_not_resident(weights: Sequence[Weight]) -> bool:
-    for weight in weights:  # noqa: SIM110  # a generator costs more than the loop, in every forward
-        if weight.state is not State.RESIDENT:
-            return True
-    return False
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()
