@@ -110,15 +110,16 @@ class BufferPool:
             used_bytes: how many of them will be used, and are counted; default: all.
         """
         capacity = aligned(nbytes, PAGE_BYTES)
-        used_bytes = capacity if used_bytes is None else aligned(used_bytes, PAGE_BYTES)
+        used_bytes = nbytes if used_bytes is None else used_bytes
+        counted_bytes = aligned(used_bytes, PAGE_BYTES)
         with self._lock:
             self._collect()
-            if not self._make_room(used_bytes):
+            if not self._make_room(counted_bytes):
                 return None
             # Linux aligns anonymous memory to huge pages where its size is a multiple of theirs (since 6.7).
             address_bytes = aligned(capacity, HUGE_PAGE_BYTES) if capacity >= HUGE_PAGE_BYTES else capacity
             pages = mmap.mmap(-1, address_bytes, flags=PRIVATE)
-            self._count(pages, None, used_bytes, used_bytes)
+            self._count(pages, None, counted_bytes, used_bytes)
             return pages
 
     def try_adopt(self, nbytes: int) -> Callable[[torch.Tensor], None] | None:

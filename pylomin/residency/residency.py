@@ -751,8 +751,6 @@ def _any_offloaded(weights: Sequence[Weight]) -> bool:
     return any(weight.state is State.OFFLOADED for weight in weights)
 
 
-
-
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()
 
 
