@@ -63,11 +63,11 @@ def list_checkpoints(
 @checkpoint_commands.command("show")
 def show_checkpoint(directory: Checkpoint, as_json: Json = False) -> None:
     """Show what a checkpoint holds: its step, what of the training run is in it, and how its tensors are stored."""
-    from pylomin.checkpoint.directory import load_checkpoint, read_document
+    from pylomin.checkpoint.directory import FILES, load_checkpoint, read_document
 
     checkpoint = load_checkpoint(directory)
     document = read_document(os.fspath(directory))
-    sections = [_section(directory, name) for name in _FILES]
+    sections = [_section(directory, name) for name in FILES]
     # Numbers and strings of the user's; tensors among them are shown by name only.
     extra = {
         name: value if isinstance(value, (int, float, str, bool)) else "..." for name, value in checkpoint.extra.items()
@@ -124,9 +124,10 @@ def diff_checkpoints(
     Of each tensor that differs, the largest difference and the root mean square of the difference over that of the
     tensor in FIRST.
     """
+    from pylomin.checkpoint.directory import FILES
     from pylomin.cli.comparing import compare_stores
 
-    compared = [found for name in _FILES for found in compare_stores(first / name, second / name)]
+    compared = [found for name in FILES for found in compare_stores(first / name, second / name)]
     documents = [_progress(path) for path in (first, second)]
     compared += [
         {"name": name, "difference": f"{_text(mine)} became {_text(other)}", "max": None, "rms": None}
@@ -179,9 +180,6 @@ def export_checkpoint(
         overwrite=overwrite,
     )
     typer.echo(str(path))
-
-
-_FILES = ("model.safetensors", os.path.join("training", "state.safetensors"))
 
 
 def _find(directory: Path) -> list[Path]:

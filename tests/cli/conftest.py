@@ -18,7 +18,7 @@ def run() -> Callable[..., Result]:
     """Run a command in this process; its exit code must be the expected one."""
 
     def run(*arguments: object, code: int = 0) -> Result:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+        result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False, prog_name="pylomin")
         assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
         return result
 
