@@ -240,9 +240,8 @@ def _stored(store: WeightStore, name: str) -> WeightToWrite:
 def _metadata_of(store: WeightStore) -> dict[str, str]:
     """What the files of ``store`` say of themselves, but for what is computed anew."""
     stored = store.file if isinstance(store, QuantizedStore) else store
-    files = (
-        stored.shards if isinstance(stored, ShardedStore) else [stored] if isinstance(stored, SafetensorsStore) else []
-    )
+    shards = stored.shards if isinstance(stored, ShardedStore) else (stored,)
+    files = [shard for shard in shards if isinstance(shard, SafetensorsStore)]
     computed = (DIGESTS_KEY, QUANTIZED_KEY)
     metadata = {key: value for file in files for key, value in file.metadata.items() if key not in computed}
     return metadata or {"format": "pt"}

@@ -164,9 +164,7 @@ def test_no_plan_without_a_budget_or_an_order(plain: Toy) -> None:
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_with_a_plan_the_first_pass_reads_ahead(
-    plain: Toy, tokens: torch.Tensor, saved: bool, tmp_path: Path
-) -> None:
+def test_with_a_plan_the_first_pass_reads_ahead(plain: Toy, tokens: torch.Tensor, saved: bool, tmp_path: Path) -> None:
     first = pylomin.fit(copy.deepcopy(plain), "2MiB", args=[tokens], reading_mode="buffered")
     plan = pylomin.plan_of(first)
     model = pylomin.lazy_loading(copy.deepcopy(plain), memory_budget="2MiB", reading_mode="buffered")

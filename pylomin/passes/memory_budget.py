@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from pylomin.errors import PassError
 from pylomin.lazy.offload import check_budget, offloaded_footprints, residencies_of
 from pylomin.passes.selection import ModuleT, check_model
@@ -36,5 +34,3 @@ def set_memory_budget(model: ModuleT, memory_budget: int | str | None) -> Module
     for residency in residencies:
         residency.set_budget(budget)
     return model
-
-

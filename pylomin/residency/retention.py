@@ -25,6 +25,8 @@ class InMemory(Protocol):
     last_use: int
     nbytes: int
 
+    def __hash__(self) -> int: ...
+
 
 InMemoryT = TypeVar("InMemoryT", bound=InMemory)
 

@@ -10,8 +10,8 @@ class Stats:
     """What happened to the weights of a model so far. Sizes in bytes, times in seconds.
 
     ``hits`` are uses that found their weights in memory, ``loads`` uses that had to read them; ``prefetched`` counts
-    background reads, each of which ends as a hit or in ``wasted``. ``stall_s`` is the time forwards waited for bytes, ``read_s`` the
-    time that reads took, in the background or not.
+    background reads, each of which ends as a hit or in ``wasted``. ``stall_s`` is the time forwards waited for bytes,
+    ``read_s`` the time that reads took, in the background or not.
     ``peak_bytes`` is the most that was in memory since the budget was last set.
     ``reading_mode`` is how bytes of files come into memory: ``"mapped"``, ``"buffered"`` or ``"direct"``, and
     ``reading_why`` says in a sentence what decided it.

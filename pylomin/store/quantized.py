@@ -77,7 +77,7 @@ class QuantizedStore:
         self._digests: dict[str, str] = {}
         self._packed: dict[str, Packed] = {}
         reference: ReferenceTo | None = None
-        for shard in file.shards if isinstance(file, ShardedStore) else (file,):
+        for shard in _safetensors_of(file):
             if QUANTIZED_KEY in shard.metadata:
                 packed, reference = parse_packed(shard.metadata[QUANTIZED_KEY], shard.path)
                 if isinstance(file, ShardedStore):  # whose index may leave out some of what a shard holds
@@ -328,14 +328,19 @@ def open_packed(
     file: SafetensorsStore | ShardedStore, *, is_checked: bool = False, level: int = 0
 ) -> SafetensorsStore | ShardedStore | QuantizedStore:
     """A view of decoded weights where ``file`` has any that are not stored as they are; otherwise ``file`` itself."""
-    shards = file.shards if isinstance(file, ShardedStore) else (file,)
-    if not any(QUANTIZED_KEY in getattr(shard, "metadata", ()) for shard in shards) and not is_checked:
+    if not any(QUANTIZED_KEY in shard.metadata for shard in _safetensors_of(file)) and not is_checked:
         return file
     try:
         return QuantizedStore(file, is_checked=is_checked, level=level)
     except BaseException:
         file.close()
         raise
+
+
+def _safetensors_of(file: SafetensorsStore | ShardedStore) -> list[SafetensorsStore]:
+    """Files that can say that their weights are quantised; shards may be of other formats."""
+    shards = file.shards if isinstance(file, ShardedStore) else (file,)
+    return [shard for shard in shards if isinstance(shard, SafetensorsStore)]
 
 
 # -- rows of requests -------------------------------------------------------------------------------------------------

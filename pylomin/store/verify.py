@@ -119,9 +119,8 @@ def _verify(store: WeightStore, progress: Callable[[int, int], None] | None) -> 
 
 def _files(store: WeightStore) -> Sequence[SafetensorsStore]:
     """Those of the store's files that can keep digests."""
-    if isinstance(store, ShardedStore):
-        return store.shards
-    return [store] if isinstance(store, SafetensorsStore) else []
+    shards = store.shards if isinstance(store, ShardedStore) else (store,)
+    return [shard for shard in shards if isinstance(shard, SafetensorsStore)]
 
 
 def _compare(file: SafetensorsStore, name: str, expected: str) -> str | None:

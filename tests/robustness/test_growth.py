@@ -61,7 +61,10 @@ def test_hundreds_of_forwards(depth: int, layers_in_budget: int | None) -> None:
         forward(model, x)
     assert settled(residency)
     descriptors, threads, memory = open_descriptors(), threading.active_count(), resident_set_bytes()
-    known_order, pool_bytes = len(residency.retention.trace._after), residency.pool.live_bytes + residency.pool.free_bytes
+    known_order, pool_bytes = (
+        len(residency.retention.trace._after),
+        residency.pool.live_bytes + residency.pool.free_bytes,
+    )
     for _ in range(200):
         output = forward(model, x)
     assert torch.equal(output, expected)
