@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pylomin.errors import without_frames
-from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
+from pylomin.errors import StoreReadError, without_frames
+from pylomin.io.buffers import BufferPool, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
-from pylomin.residency.reading import Reading
 from pylomin.residency.weight import Layout, Source, Weight
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import StoredWeight, read_placed
 
 Attach = Callable[[torch.Tensor], None]
 
+MANY_RUNS = 16  # of a weight, from which on a mapping is cheaper than a read for each
 SMALL_READ_BYTES = 64 << 10  # 64 KiB; so little is copied faster than it is mapped, and not worth a direct read
 
 
@@ -49,19 +49,15 @@ class Piece:
         return [replace(step, shape=shape, stride=(1,)) for step in steps]
 
     @property
-    def stored_bytes(self) -> int:
-        return self.layouts()[0].nbytes
-
-    @property
     def stored(self) -> StoredWeight | None:
         """Where in a file it is, if that is one run of bytes."""
         return self.source.stored if self.runs is None or len(self.runs) == 1 else None
 
-    def extent(self, stored: StoredWeight) -> Extent:
+    def extents(self, stored: StoredWeight) -> list[Extent]:
         if self.runs is None:
-            return stored.extent
-        (start, stop), itemsize = self.runs[0], self.source.layout.dtype.itemsize
-        return Extent(stored.extent.start + start * itemsize, stored.extent.start + stop * itemsize)
+            return [stored.extent]
+        begin, itemsize = stored.extent.start, self.source.layout.dtype.itemsize
+        return [Extent(begin + start * itemsize, begin + stop * itemsize) for start, stop in self.runs]
 
     def requests(self, destination: memoryview) -> list[ReadRequest]:
         name, itemsize = self.source.name, self.source.layout.dtype.itemsize
@@ -92,97 +88,104 @@ def _copied_when_written(stored: torch.Tensor) -> torch.Tensor:
         return stored.clone()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _FromFile:
     """Pieces that are extents of one file, and where they come to lie."""
 
     file: WeightFile
-    pieces: list[int] = field(default_factory=list)  # positions in the list that is loaded
-    extents: list[Extent] = field(default_factory=list)
-    placement: Placement = field(init=False)
-    buffer: Any = None
-
-    def place(self, mode: Mode) -> None:
-        small = sum(extent.nbytes for extent in self.extents) < SMALL_READ_BYTES
-        self.placement = place(self.extents, "buffered" if small else mode)
-
-    @property
-    def memory_bytes(self) -> int:
-        placement = self.placement
-        if placement.mode == "mapped":
-            return aligned(placement.buffer_bytes, PAGE_BYTES)
-        return block_bytes(placement.buffer_bytes)
+    pieces: tuple[int, ...]  # positions in the list that is loaded
+    names: tuple[str, ...]
+    placement: Placement
 
 
-class Room:
-    """Where a list of pieces comes to lie in memory; what each of them is read from and converted to."""
+class Places:
+    """Where a list of pieces comes to lie in memory. Worked out once for what is loaded again and again."""
 
-    def __init__(self, pieces: Sequence[Piece], reading: Reading) -> None:
-        self.pieces = pieces
-        self.reading = reading
-        self.from_files: dict[int, _FromFile] = {}  # by id of the file
+    __slots__ = (
+        "converted_bytes",
+        "from_files",
+        "layouts",
+        "mode",
+        "packed",
+        "packed_bytes",
+        "peak_bytes",
+        "pieces",
+        "resident_bytes",
+        "stored_bytes",
+    )
+
+    def __init__(self, pieces: Sequence[Piece], mode: Mode) -> None:
+        self.mode = mode
+        self.pieces = tuple(pieces)
+        self.layouts = [piece.layouts() for piece in pieces]
         self.packed: list[tuple[int, int]] = []  # (piece, offset) of those that a store reads itself
         self.packed_bytes = 0
-        self.buffer: ctypes.Array[ctypes.c_char] | None = None
-        self.conversions: list[Attach] = []
+        by_file: dict[WeightFile, list[tuple[int, Extent]]] = {}
         for i, piece in enumerate(pieces):
-            nbytes = piece.stored_bytes
+            nbytes = self.layouts[i][0].nbytes
             if piece.source.memory is not None or nbytes == 0:
                 continue
             if (stored := piece.stored) is not None:
-                part = self.from_files.setdefault(id(stored.file), _FromFile(stored.file))
-                part.pieces.append(i)
-                part.extents.append(piece.extent(stored))
+                by_file.setdefault(stored.file, []).append((i, piece.extents(stored)[0]))
             else:
                 self.packed.append((i, self.packed_bytes))
                 self.packed_bytes += aligned(nbytes)
-        for part in self.from_files.values():
-            part.place(reading.mode)
+        self.from_files = [_from_file(file, placed, pieces, mode) for file, placed in by_file.items()]
+        self.converted_bytes = [layout.nbytes for layouts in self.layouts for layout in layouts[1:]]
+        self.stored_bytes = sum(layouts[0].nbytes for layouts in self.layouts)
+        buffer_bytes = block_bytes(self.packed_bytes) + sum(part.placement.memory_bytes for part in self.from_files)
+        # Memory that loading takes at one time, as the pool counts it; and what of that stays: the last conversion of
+        # each piece, or what it was read into.
+        self.peak_bytes = self.resident_bytes = buffer_bytes + sum(self.converted_bytes)
+        if all(len(layouts) > 1 for layouts in self.layouts):
+            self.resident_bytes = sum(layouts[-1].nbytes for layouts in self.layouts)
 
-    @property
-    def stored_bytes(self) -> int:
-        """Memory that the stored bytes are read into."""
-        return block_bytes(self.packed_bytes) + sum(part.memory_bytes for part in self.from_files.values())
+    def of_weights(self, weights: Sequence[Weight]) -> bool:
+        """Whether these are the places of ``weights`` as they are stored now."""
+        for piece, weight in zip(self.pieces, weights, strict=True):
+            if piece.source is not weight.source or piece.conversions is not weight.conversions:
+                return False
+        return True
 
-    @property
-    def converted_bytes(self) -> list[int]:
-        return [step.nbytes for piece in self.pieces for step in piece.layouts()[1:]]
 
-    @property
-    def peak_bytes(self) -> int:
-        """Memory that loading takes at one time, as the pool counts it."""
-        return self.stored_bytes + sum(self.converted_bytes)
+def _from_file(
+    file: WeightFile, placed: Sequence[tuple[int, Extent]], pieces: Sequence[Piece], mode: Mode
+) -> _FromFile:
+    extents = [extent for _, extent in placed]
+    small = sum(extent.nbytes for extent in extents) < SMALL_READ_BYTES
+    names = tuple(pieces[i].source.name for i, _ in placed)
+    return _FromFile(file, tuple(i for i, _ in placed), names, place(extents, "buffered" if small else mode))
 
-    @property
-    def resident_bytes(self) -> int:
-        """Memory that stays when all is loaded: the last conversion of each piece, or what it was read into."""
-        if all(piece.conversions for piece in self.pieces):
-            return sum(piece.layouts()[-1].nbytes for piece in self.pieces)
-        return self.peak_bytes
+
+class Room:
+    """Memory for a list of pieces, and what brings them there. What is not used goes back when this object dies."""
+
+    __slots__ = ("_buffers", "_conversions", "_drop_cache", "_packed", "places")
+
+    def __init__(self, places: Places, *, drop_cache: bool = False) -> None:
+        self.places = places
+        self._drop_cache = drop_cache
+        self._buffers: list[Any] = []  # for each file
+        self._packed: ctypes.Array[ctypes.c_char] | None = None
+        self._conversions: list[Attach] = []
 
     def try_take(self, pool: BufferPool) -> bool:
-        """Take the memory; False where the budget leaves none, and all goes back when this object dies."""
-        for part in self.from_files.values():
-            part.buffer = part.placement.try_take(pool)
-            if part.buffer is None:
+        """Take the memory; False where the budget leaves none."""
+        for part in self.places.from_files:
+            buffer = part.placement.try_take(pool)
+            if buffer is None:
                 return False
-        if self.packed_bytes:
-            self.buffer = pool.try_take(self.packed_bytes)
-            if self.buffer is None:
+            self._buffers.append(buffer)
+        if self.places.packed_bytes:
+            self._packed = pool.try_take(self.places.packed_bytes)
+            if self._packed is None:
                 return False
-        for nbytes in self.converted_bytes:
+        for nbytes in self.places.converted_bytes:
             attach = pool.try_adopt(nbytes)
             if attach is None:
                 return False
-            self.conversions.append(attach)
+            self._conversions.append(attach)
         return True
-
-    def clear(self) -> None:
-        """Give the memory back as far as no tensor views it."""
-        self.buffer = None
-        self.conversions.clear()
-        for part in self.from_files.values():
-            part.buffer = None
 
     def load(self) -> list[torch.Tensor]:
         """Read and convert; one tensor for each piece, in the execution layout. Once; needs no lock."""
@@ -196,56 +199,77 @@ class Room:
     def _load(self) -> list[torch.Tensor]:
         try:
             tensors = self._read()
+            if self._conversions:
+                self._convert(tensors)
         except BaseException as error:
-            self.clear()
+            self._clear()
             raise without_frames(error)  # noqa: B904
-        if self.conversions:
-            attach = iter(self.conversions)
-            with torch.inference_mode(False), torch.no_grad():
-                for i, piece in enumerate(self.pieces):
-                    for layout in piece.layouts()[1:]:
-                        converted = layout.empty().copy_(tensors[i])
-                        next(attach)(converted)
-                        tensors[i] = converted
-        self.clear()
+        self._clear()
         return tensors
 
+    def _clear(self) -> None:
+        """Give the memory back as far as no tensor views it."""
+        self._packed = None
+        self._buffers.clear()
+        self._conversions.clear()
+
     def _read(self) -> list[torch.Tensor]:
-        pieces = self.pieces
-        placed: list[tuple[Any, int] | None] = [None] * len(pieces)  # buffer, offset
-        for part in self.from_files.values():
-            names = [pieces[i].source.name for i in part.pieces]
-            read_placed(part.file, part.placement, names, part.buffer, drop_cache=self.reading.drop_cache)
+        places = self.places
+        placed: list[tuple[Any, int] | None] = [None] * len(places.pieces)  # buffer, offset
+        for part, buffer in zip(places.from_files, self._buffers, strict=True):
+            read_placed(part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache)
             for i, offset in zip(part.pieces, part.placement.offsets, strict=True):
-                placed[i] = (part.buffer, offset)
-        if self.packed:
-            assert self.buffer is not None
-            view = memoryview(self.buffer).cast("B")
-            requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
-            for i, offset in self.packed:
-                store = pieces[i].source.store
-                destination = view[offset : offset + pieces[i].stored_bytes]
-                requests.setdefault(id(store), (store, []))[1].extend(pieces[i].requests(destination))
-                placed[i] = (self.buffer, offset)
-            for store, wanted in requests.values():
-                store.read(wanted)
+                placed[i] = (buffer, offset)
+        if self._packed is not None:
+            self._read_packed(self._packed, placed)
         # Tensors that are born in inference mode cannot be saved for backward later.
         with torch.inference_mode(False):
-            return [self._tensor(piece, where) for piece, where in zip(pieces, placed, strict=True)]
+            return [self._tensor(i, where) for i, where in enumerate(placed)]
 
-    @staticmethod
-    def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
+    def _read_packed(self, buffer: ctypes.Array[ctypes.c_char], placed: list[tuple[Any, int] | None]) -> None:
+        view = memoryview(buffer).cast("B")
+        requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
+        for i, offset in self.places.packed:
+            piece = self.places.pieces[i]
+            destination = view[offset : offset + self.places.layouts[i][0].nbytes]
+            store = piece.source.store
+            placed[i] = (buffer, offset)
+            if not self._copy_cached(piece, destination):
+                requests.setdefault(id(store), (store, []))[1].extend(piece.requests(destination))
+        for store, wanted in requests.values():
+            store.read(wanted)
+
+    def _copy_cached(self, piece: Piece, destination: memoryview) -> bool:
+        """Rows that lie scattered in a file that is in the page cache."""
+        stored = piece.source.stored
+        if self.places.mode != "mapped" or stored is None or piece.runs is None or len(piece.runs) < MANY_RUNS:
+            return False
+        try:
+            return stored.file.copy_cached(piece.extents(stored), destination)
+        except StoreReadError as error:
+            raise type(error)(f"could not read weight {piece.source.name!r}: {error}") from error
+
+    def _tensor(self, i: int, where: tuple[Any, int] | None) -> torch.Tensor:
+        piece, layout = self.places.pieces[i], self.places.layouts[i][0]
         if piece.source.memory is not None:
             return piece.stored_tensor(piece.source.memory)
-        layout = piece.layouts()[0]
         if where is None:
             return layout.empty()
         buffer, offset = where
         flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
         return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
 
+    def _convert(self, tensors: list[torch.Tensor]) -> None:
+        attach = iter(self._conversions)
+        with torch.inference_mode(False), torch.no_grad():
+            for i, layouts in enumerate(self.places.layouts):
+                for layout in layouts[1:]:
+                    converted = layout.empty().copy_(tensors[i])
+                    next(attach)(converted)
+                    tensors[i] = converted
 
-def try_reserve(pool: BufferPool, pieces: Sequence[Piece], reading: Reading) -> Room | None:
+
+def try_reserve(pool: BufferPool, places: Places, *, drop_cache: bool = False) -> Room | None:
     """Room for the pieces, or None where the budget leaves none."""
-    room = Room(pieces, reading)
+    room = Room(places, drop_cache=drop_cache)
     return room if room.try_take(pool) else None

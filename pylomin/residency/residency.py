@@ -34,6 +34,7 @@ from pylomin.residency.weight import ResidentParameter, State, Weight, dense_lay
 from pylomin.store.scratch import ScratchDirectory
 
 RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
+MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
 REVIEW_S = 1.0
 GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
@@ -95,6 +96,7 @@ class Residency:
         self._weights_seen = 0
         self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
+        self._places: dict[Key, loading.Places] = {}
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
@@ -302,8 +304,8 @@ class Residency:
         room = None
         while room is None:
             with self.lock:
-                piece = loading.Piece.of(weight, runs)
-                room = self._find_room([weight], [piece], lambda: True, me, waiter)
+                places = loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
+                room = self._find_room([weight], places, lambda: True, me, waiter)
                 if room is None:
                     waiter.enlist(self._waiters)
                 else:
@@ -314,7 +316,7 @@ class Residency:
         values = room.load()[0]
         read_s = time.perf_counter() - started
         with self.lock:
-            self.run_was_read(piece, read_s)
+            self.run_was_read(places, read_s)
             self._stats.stall_s += read_s
         return values
 
@@ -336,10 +338,10 @@ class Residency:
             yield values
             del values
 
-    def run_was_read(self, piece: loading.Piece, read_s: float) -> None:
+    def run_was_read(self, places: loading.Places, read_s: float) -> None:
         with self.lock:
             self._stats.loads += 1
-            self._stats.bytes_read += piece.stored_bytes
+            self._stats.bytes_read += places.stored_bytes
             self._stats.read_s += read_s
 
     def waited(self, seconds: float) -> None:
@@ -377,9 +379,8 @@ class Residency:
         missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
         if not missing:
             return None
-        pieces = [loading.Piece.of(weight) for weight in missing]
         needed = partial(_any_offloaded, missing)
-        room = self._find_room(missing, pieces, needed, hold.thread_id, waiter)
+        room = self._find_room(missing, self.places_of(missing), needed, hold.thread_id, waiter)
         if room is None:
             return None
         hold.claimed = missing
@@ -443,20 +444,33 @@ class Residency:
         self._reviewed_s = time.perf_counter()
         weights = [weight for weight in list(self._weights.values()) if not weight.transient]
         kept_bytes = self.memory_budget or 2 * self._largest_bytes
-        self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+        mode, self.reading = (
+            self.reading.mode,
+            choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes),
+        )
+        if self.reading.mode != mode:
+            self._places.clear()
 
     def _footprint(self, key: Key) -> Group:
         weights = self.weights_of(key)
-        whole_bytes = self._room_for(weights).resident_bytes
+        whole_bytes = self.places_of(weights).resident_bytes
         at_one_time = 2 if self.reads_ahead else 1
         tiles_bytes = [at_one_time * bytes_per_tile(w, self.memory_budget) for w in weights if w.tiled]
         if not tiles_bytes:
             return Group(whole_bytes)
         held = [weight for weight in weights if not weight.tiled]
-        return Group(whole_bytes, self._room_for(held).resident_bytes + max(tiles_bytes))
+        return Group(whole_bytes, self.places_of(held).resident_bytes + max(tiles_bytes))
 
-    def _room_for(self, weights: Iterable[Weight]) -> loading.Room:
-        return loading.Room([loading.Piece.of(weight) for weight in weights], self.reading)
+    def places_of(self, weights: Sequence[Weight]) -> loading.Places:
+        """Where weights that are loaded together come to lie; remembered, for they will be again."""
+        key = tuple([weight.index for weight in weights])
+        places = self._places.get(key)
+        if places is None or not places.of_weights(weights):
+            if len(self._places) > MOST_PLACES + 2 * len(self._weights):
+                self._places.clear()
+            places = loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
+            self._places[key] = places
+        return places
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
@@ -466,7 +480,8 @@ class Residency:
     def load_finished(
         self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
     ) -> None:
-        loaded = Loaded(tuple(weight.index for weight in weights), room.resident_bytes)
+        places = room.places
+        loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes)
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -476,9 +491,9 @@ class Residency:
                 weight.loaded_version = weight.tensor._version
                 weight.loaded = loaded
                 weight.state = State.RESIDENT
-        self._stats.bytes_read += sum(piece.stored_bytes for piece in room.pieces)
+        self._stats.bytes_read += places.stored_bytes
         self._stats.read_s += read_s
-        self._largest_bytes = max(self._largest_bytes, room.peak_bytes)
+        self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
         self._wake()
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
@@ -576,21 +591,22 @@ class Residency:
     def _find_room(
         self,
         weights: Sequence[Weight],
-        pieces: Sequence[loading.Piece],
+        places: loading.Places,
         needed: Callable[[], bool],
         thread_id: int,
         waiter: _Waiter | None,
     ) -> loading.Room | None:
-        """Memory for ``pieces``; None if the caller has to wait for it, as long as ``needed``."""
+        """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
         while True:
-            room = loading.try_reserve(self.pool, pieces, self.reading)
+            room = loading.try_reserve(self.pool, places, drop_cache=self.reading.drop_cache)
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
-        room = loading.try_reserve(self.pool, pieces, Reading("buffered", self.reading.mode != "mapped"))
+        exact = loading.Places(places.pieces, "buffered")
+        room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped")
         if room is not None:
             self._waiting.pop(thread_id, None)
             return room
@@ -598,7 +614,7 @@ class Residency:
         if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
             waiter.hopeless += 1
             if waiter.hopeless > GRACE:
-                raise self._over_budget(weights, pieces)
+                raise self._over_budget(weights, exact)
         self._waiting[thread_id] = needed
         return None
 
@@ -616,9 +632,9 @@ class Residency:
         for waiter in waiters:
             waiter.wake()
 
-    def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
+    def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
-        needed_bytes = loading.Room(pieces, self.reading).peak_bytes
+        needed_bytes = places.peak_bytes
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
         return BudgetError(
             f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "
@@ -642,7 +658,7 @@ class Residency:
     @property
     def reads_inline(self) -> bool:
         """Reading ahead would cost more than it saves: there is nothing to copy."""
-        return self.reading.mode == "mapped"
+        return self.reading.mode == "mapped" and self.reading.is_cached
 
     def read_on(self) -> None:
         """Under the lock: a background read has finished, and another can be begun."""

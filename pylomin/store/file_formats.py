@@ -46,7 +46,7 @@ def _format_of(path: str) -> Callable[[str], ExtentStore]:
         return NpyStore
     if beginning.startswith(GGUF_MAGIC):
         return GGUFStore
-    if beginning[8:] == b"{":  # before the pickle: the length of the header may begin with any byte
+    if beginning[8:] == b"{":  # before pickles: the length of a header may begin as they do
         return SafetensorsStore
     if beginning.startswith(b"\x80"):  # a pickle
         return TorchLegacyStore
