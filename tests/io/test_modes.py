@@ -31,7 +31,12 @@ AMPLE: dict[str, Any] = {
         ({"available_bytes": 100}, "mapped", False, "is cached"),  # what is cached needs no new memory
         ({"aligned": False}, "buffered", False, "not aligned"),
         ({"cached_fraction": 0.89}, "mapped", False, "only 89% of the file is cached, and there is room"),
-        ({"cached_fraction": 0.0, "aligned": False}, "buffered", False, "only 0% of the file is cached, and there is room"),
+        (
+            {"cached_fraction": 0.0, "aligned": False},
+            "buffered",
+            False,
+            "only 0% of the file is cached, and there is room",
+        ),
         ({"limit_bytes": GIB - 1}, "direct", False, "memory is too small"),
         ({"limit_bytes": 2 * GIB, "other_bytes": GIB + 1}, "direct", False, "memory is too small"),
         ({"available_bytes": GIB, "other_bytes": GIB + 1}, "direct", False, "memory is too small"),
