@@ -65,7 +65,9 @@ def disk_bandwidth(file: Path, mode: Literal["direct", "buffered"] = "direct", p
     forget(file)
     opened = WeightFile(file)
     size_bytes = min(opened.size_bytes, ENOUGH_BYTES)
-    view = memoryview(BufferPool().try_take(piece_bytes)).cast("B")  # the memory that pylomin reads into, too
+    memory = BufferPool().try_take(piece_bytes)  # what pylomin reads into, too
+    assert memory is not None
+    view = memoryview(memory).cast("B")
     for page in range(0, piece_bytes, mmap.PAGESIZE):
         view[page] = 0  # page faults are no part of reading
     start = time.perf_counter()
