@@ -280,6 +280,8 @@ def use_bytes(group: Sequence[Footprint], memory_budget: int | None) -> int:
 def smallest_budget(group: Sequence[Footprint]) -> int:
     """The least budget under which ``group`` can be used; it can be under every greater one, too."""
     whole_bytes = load_bytes([weight.times(weight.lines) for weight in group])
+    tileable = [weight.lines * (weight.stored_bytes + weight.converted_bytes) for weight in group if weight.lines > 1]
+    whole_bytes = max([whole_bytes, *(2 * nbytes for nbytes in tileable)])  # what does not fit twice is tiled
     held_bytes = load_bytes([weight for weight in group if weight.lines == 1])
     line_bytes = max((load_bytes([weight]) for weight in group if weight.lines > 1), default=whole_bytes)
     # Two tiles take half of the budget, or two lines where a line is larger than a tile.

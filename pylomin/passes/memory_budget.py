@@ -22,6 +22,7 @@ def set_memory_budget(model: ModuleT, memory_budget: int | str | None) -> Module
         PassError: nothing of the model is offloaded.
         BudgetError: the budget is smaller than the largest group of weights used together. The model is unchanged.
 
+    >>> from torch import nn
     >>> from pylomin.passes.lazy_loading import lazy_loading
     >>> model = set_memory_budget(lazy_loading(nn.Linear(4, 2)), "1MiB")
     """

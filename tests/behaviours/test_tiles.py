@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import pickle
 import threading
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def test_nothing_is_larger_than_the_default_tile() -> None:
 def test_size_in_bytes() -> None:
     lazy = pylomin.chunked_linear(nn.Linear(16, 100), chunk_size="1KiB")
     run(lazy, X)
-    assert pylomin.stats(lazy).peak_bytes == 1024 + 448  # a tile of 16 rows, and the bias
+    assert pylomin.stats(lazy).peak_bytes == 1024 + 400  # a tile of 16 rows, and the bias
 
 
 def test_default_tile_is_4_mib() -> None:
@@ -170,7 +171,7 @@ def test_only_the_bias_is_held() -> None:
 
     lazy.register_forward_hook(look)
     run(lazy, X)
-    assert seen == [448 + 640]
+    assert seen == [400 + 640]
     assert resident_bytes(lazy) == 0
 
 
@@ -391,7 +392,8 @@ def test_peak_memory_counts_a_tile() -> None:
     run(lazy, torch.ones(256))
     with pylomin.peak_memory(lazy) as peak:
         run(lazy, torch.ones(256))
-    assert peak.weight_bytes == (64 << 10) + 4096 * 4
+    tile_and_bias = (64 << 10) + 4096 * 4
+    assert tile_and_bias <= peak.weight_bytes <= tile_and_bias + 2 * mmap.PAGESIZE  # whole pages are mapped
 
 
 def test_bias_larger_than_tiles() -> None:
