@@ -178,6 +178,7 @@ def in_prefetch_thread() -> bool:
 
 
 def open_descriptors() -> int:
+    gc.collect()  # what others left
     return len(os.listdir("/proc/self/fd"))
 
 
