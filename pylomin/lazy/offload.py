@@ -285,7 +285,9 @@ def smallest_budget(group: Sequence[Footprint]) -> int:
     held_bytes = load_bytes([weight for weight in group if weight.lines == 1])
     line_bytes = max((load_bytes([weight]) for weight in group if weight.lines > 1), default=whole_bytes)
     # Two tiles take half of the budget, or two lines where a line is larger than a tile.
-    return min(whole_bytes, max(held_bytes + 2 * line_bytes, 2 * held_bytes))
+    tiled_bytes = max(held_bytes + 2 * line_bytes, 2 * held_bytes)
+    is_tiled = any(weight.tile_rows is not None and weight.tile_rows < weight.lines for weight in group)
+    return tiled_bytes if is_tiled else min(whole_bytes, tiled_bytes)
 
 
 def check_mode(reading_mode: object) -> None:
