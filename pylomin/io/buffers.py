@@ -88,11 +88,15 @@ class BufferPool:
         self._returned: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
-    def try_take(self, nbytes: int) -> ctypes.Array[ctypes.c_char] | None:
-        """A writable buffer of ``nbytes`` (> 0), 64-byte aligned, or None where the limit leaves no room."""
+    def try_take(self, nbytes: int, *, of_any_block: bool = False) -> ctypes.Array[ctypes.c_char] | None:
+        """A writable buffer of ``nbytes`` (> 0), 64-byte aligned, or None where the limit leaves no room.
+
+        Args:
+            of_any_block: reuse one that is much larger, too; for what lives shortly, in one size after the other.
+        """
         with self._lock:
             self._collect()
-            block = self._reuse(nbytes) or self._allocate(nbytes)
+            block = self._reuse(nbytes, of_any_block) or self._allocate(nbytes)
             if block is None:
                 return None
             buffer = (ctypes.c_char * nbytes).from_buffer(block.memory, block.offset_bytes)
@@ -191,10 +195,10 @@ class BufferPool:
         else:
             self._drop_free(max(0, self.limit_bytes - self.live_bytes))
 
-    def _reuse(self, nbytes: int) -> _Block | None:
+    def _reuse(self, nbytes: int, of_any_block: bool) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.
         slack = nbytes if self.limit_bytes is None else max(SMALL_BYTES, nbytes // 8)
-        fitting = [b for b in self._free if nbytes <= b.capacity_bytes <= nbytes + slack]
+        fitting = [b for b in self._free if nbytes <= b.capacity_bytes and (of_any_block or b.capacity_bytes <= nbytes + slack)]
         if not fitting:
             return None
         block = min(fitting, key=lambda b: b.capacity_bytes)

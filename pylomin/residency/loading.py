@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +15,12 @@ from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
+from pylomin.quantize.packing import CHUNK_BYTES, Packing
 from pylomin.residency.reading import Reading
-from pylomin.residency.weight import Layout, Source, Weight
+from pylomin.residency.weight import Layout, Source, Weight, steps_of
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import StoredWeight, read_placed
+from pylomin.store.quantized import check_scales
 
 Attach = Callable[[torch.Tensor], None]
 
@@ -35,22 +37,36 @@ class Piece:
     source: Source
     conversions: tuple[Layout, ...]
     runs: tuple[tuple[int, int], ...] | None = None  # (first, last exclusive), counted as elements lie in memory
+    unpacking: Unpacking | None = None  # if it is decoded here, and not by its store
 
     @staticmethod
     def of(weight: Weight, runs: Iterable[tuple[int, int]] | None = None) -> Piece:
-        return Piece(weight.source, weight.conversions, None if runs is None else tuple(runs))
+        chosen = None if runs is None else tuple(runs)
+        return Piece(weight.source, weight.conversions, chosen, Unpacking.of(weight, chosen) if weight.parts else None)
 
     def layouts(self) -> list[Layout]:
-        """The stored tensor's, then one for each conversion."""
-        steps = [self.source.layout, *self.conversions]
+        """The stored tensor's (of one that is decoded here, the decoded one's), then one for each conversion."""
+        steps: Sequence[Layout] = [self.source.layout, *self.conversions]
+        if self.unpacking is not None:
+            steps = steps_of(self.source, self.conversions)
         if self.runs is None:
-            return steps
+            return [*steps]
         shape = (sum(stop - start for start, stop in self.runs),)
         return [replace(step, shape=shape, stride=(1,)) for step in steps]
 
     @property
     def stored_bytes(self) -> int:
         return self.layouts()[0].nbytes
+
+    @property
+    def to_read(self) -> tuple[Piece, ...]:
+        """Itself, or those of its parts that are not in memory."""
+        return (self,) if self.unpacking is None else self.unpacking.missing
+
+    @property
+    def read_bytes(self) -> int:
+        """What loading it reads."""
+        return sum([piece.stored_bytes for piece in self.to_read])
 
     @property
     def stored(self) -> StoredWeight | None:
@@ -82,6 +98,54 @@ class Piece:
             return _copied_when_written(stored).as_strided(layout.shape, layout.stride)
         runs = [stored.as_strided((b - a,), (1,), stored.storage_offset() + a) for a, b in self.runs]
         return runs[0] if len(runs) == 1 else torch.cat(runs) if runs else stored.new_empty(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacking:
+    """Whole rows of a quantised weight, decoded from parts that are in memory or are read for this."""
+
+    packing: Packing
+    rows: tuple[tuple[int, int], ...]  # (first, last exclusive) of its matrix
+    parts: tuple[torch.Tensor | None, ...]  # all rows, where they are in memory
+    missing: tuple[Piece, ...]  # in the order of parts
+
+    @staticmethod
+    def of(weight: Weight, runs: tuple[tuple[int, int], ...] | None) -> Unpacking | None:
+        """None where the runs are no whole rows, or are none."""
+        packing = weight.source.packing
+        assert packing is not None
+        count, columns = packing.matrix_shape
+        rows = [(0, count * columns)] if runs is None else runs
+        if not columns or not rows or any(start % columns or stop % columns for start, stop in rows):
+            return None
+        rows = tuple((start // columns, stop // columns) for start, stop in rows)
+        parts = tuple(None if part.tensor is None else part.tensor.detach() for part in weight.parts)
+        missing = []
+        for part, in_memory, (_, width) in zip(weight.parts, parts, packing.part_rows(), strict=True):
+            if in_memory is None:
+                of_part = None if runs is None else tuple((first * width, last * width) for first, last in rows)
+                missing.append(Piece(part.source, (), of_part))
+        return Unpacking(packing, rows, parts, tuple(missing))
+
+    def decode(self, name: str, path: str, read: Iterator[torch.Tensor], out: torch.Tensor) -> None:
+        """Into ``out``, from what is in memory and what was read of ``missing``."""
+        count = sum(last - first for first, last in self.rows)
+        chosen = tuple(
+            next(read).view(count, width) if part is None else self._rows_of(part.view(-1, width))
+            for part, (_, width) in zip(self.parts, self.packing.part_rows(), strict=True)
+        )
+        if self.packing.has_scales:
+            check_scales(chosen[1], name, path)
+        matrix = out.view(count, self.packing.matrix_shape[1])
+        # In pieces that stay in the processor's cache.
+        step = max(1, CHUNK_BYTES // max(1, self.packing.row_bytes))
+        for first in range(0, count, step):
+            self.packing.decode_rows(tuple(part[first : first + step] for part in chosen), matrix[first : first + step])
+
+    def _rows_of(self, part: torch.Tensor) -> torch.Tensor:
+        if len(self.rows) == 1:
+            return part[slice(*self.rows[0])]
+        return part.index_select(0, torch.cat([torch.arange(first, last) for first, last in self.rows]))
 
 
 def _copied_when_written(stored: torch.Tensor) -> torch.Tensor:
@@ -119,13 +183,15 @@ class Room:
 
     def __init__(self, pieces: Sequence[Piece], reading: Reading) -> None:
         self.pieces = pieces
+        self.to_read = [read for piece in pieces for read in piece.to_read]
         self.reading = reading
         self.from_files: dict[int, _FromFile] = {}  # by id of the file
         self.packed: list[tuple[int, int]] = []  # (piece, offset) of those that a store reads itself
         self.packed_bytes = 0
         self.buffer: ctypes.Array[ctypes.c_char] | None = None
+        self.decoded: list[ctypes.Array[ctypes.c_char]] = []  # what pieces are decoded into, in their order
         self.conversions: list[Attach] = []
-        for i, piece in enumerate(pieces):
+        for i, piece in enumerate(self.to_read):
             nbytes = piece.stored_bytes
             if piece.source.memory is not None or nbytes == 0:
                 continue
@@ -145,19 +211,31 @@ class Room:
         return block_bytes(self.packed_bytes) + sum(part.memory_bytes for part in self.from_files.values())
 
     @property
+    def decoded_bytes(self) -> list[int]:
+        """Memory for each piece that is decoded."""
+        return [piece.stored_bytes for piece in self.pieces if piece.unpacking is not None and piece.stored_bytes]
+
+    @property
+    def read_bytes(self) -> int:
+        """What is read, of the bytes that were wanted."""
+        return sum([piece.stored_bytes for piece in self.to_read])
+
+    @property
     def converted_bytes(self) -> list[int]:
         return [step.nbytes for piece in self.pieces for step in piece.layouts()[1:]]
 
     @property
     def peak_bytes(self) -> int:
         """Memory that loading takes at one time, as the pool counts it."""
-        return self.stored_bytes + sum(self.converted_bytes)
+        return self.stored_bytes + sum(map(block_bytes, self.decoded_bytes)) + sum(self.converted_bytes)
 
     @property
     def resident_bytes(self) -> int:
         """Memory that stays when all is loaded: the last conversion of each piece, or what it was read into."""
         if all(piece.conversions for piece in self.pieces):
             return sum(piece.layouts()[-1].nbytes for piece in self.pieces)
+        if all(piece.unpacking is not None for piece in self.pieces):
+            return self.peak_bytes - self.stored_bytes
         return self.peak_bytes
 
     def try_take(self, pool: BufferPool) -> bool:
@@ -170,6 +248,11 @@ class Room:
             self.buffer = pool.try_take(self.packed_bytes)
             if self.buffer is None:
                 return False
+        for nbytes in self.decoded_bytes:
+            buffer = pool.try_take(nbytes, of_any_block=True)
+            if buffer is None:
+                return False
+            self.decoded.append(buffer)
         for nbytes in self.converted_bytes:
             attach = pool.try_adopt(nbytes)
             if attach is None:
@@ -180,6 +263,7 @@ class Room:
     def clear(self) -> None:
         """Give the memory back as far as no tensor views it."""
         self.buffer = None
+        self.decoded.clear()
         self.conversions.clear()
         for part in self.from_files.values():
             part.buffer = None
@@ -196,6 +280,8 @@ class Room:
     def _load(self) -> list[torch.Tensor]:
         try:
             tensors = self._read()
+            if len(self.to_read) != len(self.pieces) or self.decoded:
+                tensors = self._decode(tensors)
         except BaseException as error:
             self.clear()
             raise without_frames(error)  # noqa: B904
@@ -210,8 +296,23 @@ class Room:
         self.clear()
         return tensors
 
+    def _decode(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What was read, with the pieces that are decoded from it in the place of their parts."""
+        rest, buffers, tensors = iter(read), iter(self.decoded), []
+        with torch.inference_mode(False), torch.no_grad():
+            for piece in self.pieces:
+                if piece.unpacking is None:
+                    tensors.append(next(rest))
+                    continue
+                where = (next(buffers), 0) if piece.stored_bytes else None
+                values = self._tensor(piece, where)
+                source = piece.source
+                piece.unpacking.decode(source.name, source.store.describe(source.name), rest, values)
+                tensors.append(values)
+        return tensors
+
     def _read(self) -> list[torch.Tensor]:
-        pieces = self.pieces
+        pieces = self.to_read
         placed: list[tuple[Any, int] | None] = [None] * len(pieces)  # buffer, offset
         for part in self.from_files.values():
             names = [pieces[i].source.name for i in part.pieces]

@@ -85,7 +85,7 @@ class Prefetcher:
         Under the residency's lock.
         """
         piece = loading.Piece.of(weight, [run])
-        if residency.reads_inline or piece.stored_bytes < SMALL_GROUP_BYTES:
+        if residency.reads_inline or piece.read_bytes < SMALL_GROUP_BYTES:
             return None
         room = _reserve_ahead(residency, [piece])
         if room is None:
