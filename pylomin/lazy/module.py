@@ -13,6 +13,7 @@ from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
 from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
+from pylomin.lazy.fused import fused_linear
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.weight import Weight
@@ -77,12 +78,18 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return super(lazy, self).forward(*args, **kwargs)  # type: ignore[misc]
 
+    may_fuse = cls.forward is nn.Linear.forward
+
     @not_compiled
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         group = whole_weights(self)
         if not group:
             return run(self, *args, **kwargs)
+        if may_fuse and group[0].parts and not is_tracing():
+            fused = fused_linear(self, group, args, kwargs)
+            if fused is not None:
+                return fused
         weights = group
         for weight in group:
             if weight.tiled and not is_tracing():

@@ -237,7 +237,7 @@ class Residency:
                 return self._unpacking_hold(weights, group)
         return Hold(self, weights, group)
 
-    def _unpacking_hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None) -> UnpackingHold:
+    def _unpacking_hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None) -> Hold | UnpackingHold:
         packed = [weight for weight in weights if weight.parts]
         if group is None:
             return UnpackingHold(Hold(self, used_from(weights), None), Hold(self, packed, None))

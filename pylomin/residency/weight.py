@@ -187,7 +187,8 @@ class Weight:
         self.residency = residency
         self.is_part = False  # of a quantised weight
         if parts is None:
-            parts = tuple(Weight(part.name, part, residency) for part in source.parts)
+            suffixes = [part.suffix for part in source.packing.parts] if source.packing is not None else []
+            parts = tuple(Weight(name + suffix, s, residency) for suffix, s in zip(suffixes, source.parts, strict=True))
             for part in parts:
                 part.is_part = True
         self.parts = parts
