@@ -81,13 +81,17 @@ def run_worker(arguments: Sequence[str], *, timeout_s: float = 600, group: Memor
     samples: list[tuple[float, int]] = []
     deadline = time.monotonic() + timeout_s
     command = [sys.executable, *arguments]
-    with subprocess.Popen(
-        command if group is None else group.wrap(command),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        subprocess.Popen(
+            command if group is None else group.wrap(command),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(process.kill)  # before waiting for it; without effect once it has ended
         watched = psutil.Process(process.pid)
         while True:
             try:

@@ -71,13 +71,15 @@ def _run(name: str, options: list[str]) -> bool:
     question, command = BENCHMARKS[name]
     print(f"--- {name}: {question}", flush=True)
     start = time.perf_counter()
-    try:
-        done = subprocess.run([sys.executable, *command, *options], cwd=ROOT, check=False, timeout=HARD_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        print(f"--- {name}: stopped after {HARD_LIMIT_S} s", flush=True)
-        return False
+    with subprocess.Popen([sys.executable, *command, *options], cwd=ROOT) as process:
+        try:
+            process.wait(HARD_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # which also ends its worker
+            print(f"--- {name}: stopped after {HARD_LIMIT_S} s", flush=True)
+            return False
     print(f"--- {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 def _measured_at(path: Path, commit_now: str | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,6 +60,8 @@ def parse(name: str, description: str | None, *, rounds: int, limit_s: float) ->
     parser.add_argument("--publish", action="store_true", help="result to docs/results, tables filled in")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # So that being ended also ends the worker and removes its memory group.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if arguments.publish and arguments.size != "full":
         parser.error("--publish is for --size full")
     return Options(

@@ -21,9 +21,10 @@ import torch
 
 ALIGNMENT_BYTES = 64  # what torch's own CPU allocator gives; some BLAS kernels round differently on less
 PAGE_BYTES = mmap.PAGESIZE
+HUGE_PAGE_BYTES = 2 << 20  # 2 MiB; of x86-64, and of ARM with pages of 4 KiB
 SMALL_BYTES = 64 << 10  # 64 KiB; below this malloc is quick and a page-rounded block would be wasteful
 # Python's default is shared: a forked child would read its weights into our memory.
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 _observers: list[Callable[[int], None]] = []
 
@@ -103,18 +104,25 @@ class BufferPool:
             self._count(buffer, block, block.capacity_bytes, nbytes)
             return buffer
 
-    def try_take_pages(self, nbytes: int) -> mmap.mmap | None:
+    def try_take_pages(self, nbytes: int, used_bytes: int | None = None) -> mmap.mmap | None:
         """Fresh pages for a mapping of a file, or None where the limit leaves no room.
 
-        They cost nothing until they are used, and are unmapped as soon as the last view dies.
+        They cost nothing until they are used, and are unmapped as soon as the last view dies. Large ones begin, where
+        the system can do that, on a multiple of ``HUGE_PAGE_BYTES``.
+
+        Args:
+            used_bytes: how many of them will be used, and are counted; default: all.
         """
         capacity = aligned(nbytes, PAGE_BYTES)
+        used_bytes = capacity if used_bytes is None else aligned(used_bytes, PAGE_BYTES)
         with self._lock:
             self._collect()
-            if not self._make_room(capacity):
+            if not self._make_room(used_bytes):
                 return None
-            pages = mmap.mmap(-1, capacity, flags=_PRIVATE)
-            self._count(pages, None, capacity, nbytes)
+            # Linux aligns anonymous memory to huge pages where its size is a multiple of theirs (since 6.7).
+            address_bytes = aligned(capacity, HUGE_PAGE_BYTES) if capacity >= HUGE_PAGE_BYTES else capacity
+            pages = mmap.mmap(-1, address_bytes, flags=PRIVATE)
+            self._count(pages, None, used_bytes, used_bytes)
             return pages
 
     def try_adopt(self, nbytes: int) -> Callable[[torch.Tensor], None] | None:
@@ -198,7 +206,9 @@ class BufferPool:
     def _reuse(self, nbytes: int, of_any_block: bool) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.
         slack = nbytes if self.limit_bytes is None else max(SMALL_BYTES, nbytes // 8)
-        fitting = [b for b in self._free if nbytes <= b.capacity_bytes and (of_any_block or b.capacity_bytes <= nbytes + slack)]
+        fitting = [
+            b for b in self._free if nbytes <= b.capacity_bytes and (of_any_block or b.capacity_bytes <= nbytes + slack)
+        ]
         if not fitting:
             return None
         block = min(fitting, key=lambda b: b.capacity_bytes)
@@ -214,7 +224,7 @@ class BufferPool:
         capacity = aligned(nbytes, PAGE_BYTES)
         if not self._make_room(capacity):
             return None
-        return _Block(mmap.mmap(-1, capacity, flags=_PRIVATE), 0, capacity)
+        return _Block(mmap.mmap(-1, capacity, flags=PRIVATE), 0, capacity)
 
     def _make_room(self, nbytes: int) -> bool:
         if self.limit_bytes is None:

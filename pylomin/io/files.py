@@ -11,10 +11,10 @@ from typing import NamedTuple, NoReturn
 
 from pylomin.errors import StoreChangedError, StoreReadError
 from pylomin.io import page_cache
-from pylomin.io.buffers import PAGE_BYTES
+from pylomin.io.buffers import PAGE_BYTES, PRIVATE
 from pylomin.io.descriptor import Descriptor, open_weight_file
 from pylomin.io.direct import DirectAccess, fill_direct, open_direct, refuses
-from pylomin.io.mapping import fault_in, show_pages
+from pylomin.io.mapping import copy_ranges, fault_in, mapped_bytes, show_pages
 from pylomin.io.reading import fill, pieces
 
 _DROPPED_BYTES = 1 << 24  # 16 MiB; what a read that drops its pages has in the page cache at one time
@@ -134,7 +134,6 @@ class WeightFile:
             return False
         descriptor = self._opened()
         try:
-            self._check_unchanged(descriptor.fd)
             try:
                 show_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes)
             except OSError as error:
@@ -149,6 +148,39 @@ class WeightFile:
             self._check_unchanged(descriptor.fd)
             shown_bytes = min(nbytes, max(0, self._stamp.size_bytes - offset_bytes))
             self._raise_unless_complete(offset_bytes, nbytes, shown_bytes, None)
+            return True
+        finally:
+            del descriptor
+
+    def copy_cached(self, extents: Sequence[Extent], buffer: memoryview) -> bool:
+        """Copy extents that are in the page cache, one after the other, into ``buffer``, which they fill.
+
+        As :meth:`read`, but with no system call for each: many rows of a table lie scattered. Where they are not
+        cached, each costs a read of the disk with all that is read ahead of it.
+
+        Returns:
+            False where the file cannot be mapped; then nothing was copied.
+
+        Raises:
+            StoreReadError, StoreChangedError: as :meth:`read`.
+        """
+        if self.map_refused is not None:
+            return False
+        descriptor = self._opened()
+        first = min(extent.start for extent in extents)
+        last = max(extent.stop for extent in extents)
+        try:
+            pages = mmap.mmap(-1, mapped_bytes(first, last - first), flags=PRIVATE)
+            try:
+                show_pages(descriptor.fd, first, last - first, pages, 0)
+            except OSError:
+                return False
+            try:
+                copy_ranges([(extent.start, extent.nbytes) for extent in extents], first, pages, buffer)
+            except OSError as error:
+                self._find_fault(descriptor.fd, first, last - first)
+                self._raise_unless_complete(first, last - first, 0, error)
+            self._check_unchanged(descriptor.fd)
             return True
         finally:
             del descriptor

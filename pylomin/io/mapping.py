@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 from pylomin.io import syscalls
-from pylomin.io.buffers import PAGE_BYTES, aligned
+from pylomin.io.buffers import HUGE_PAGE_BYTES, PAGE_BYTES, aligned
 
 
 def mapped_bytes(offset_bytes: int, nbytes: int) -> int:
@@ -31,7 +32,28 @@ def show_pages(fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_byt
 
 def fault_in(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
     """Fault in what :func:`show_pages` mapped, ahead of use. OSError where a use would be a bus error."""
-    syscalls.populate(*_place(offset_bytes, nbytes, pages, at_bytes))
+    address, length = _place(offset_bytes, nbytes, pages, at_bytes)
+    if length >= HUGE_PAGE_BYTES:
+        syscalls.prefer_huge_pages(address, length)
+    syscalls.populate(address, length)
+
+
+def copy_ranges(ranges: Sequence[tuple[int, int]], first: int, pages: mmap.mmap, buffer: memoryview) -> None:
+    """Copy ranges ``(offset, bytes)`` of a file, one after the other, into ``buffer``.
+
+    Args:
+        first: offset of the file that :func:`show_pages` showed at the beginning of ``pages``.
+
+    Raises OSError where a use of the pages would be a bus error.
+    """
+    source = ctypes.addressof(ctypes.c_char.from_buffer(pages)) - (first - first % PAGE_BYTES)
+    destination = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    for offset, nbytes in ranges:
+        start = source + offset
+        page = start - start % PAGE_BYTES
+        syscalls.populate(page, aligned(start + nbytes - page, PAGE_BYTES))
+        ctypes.memmove(destination, start, nbytes)
+        destination += nbytes
 
 
 def _place(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, BufferPool, aligned
+from pylomin.io.buffers import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.direct import direct_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.mapping import mapped_bytes
@@ -33,14 +33,16 @@ class Placement:
     runs: tuple[PlacedRun, ...]
     buffer_bytes: int
     offsets: tuple[int, ...]  # where in the buffer each extent starts, in the order given; multiples of 64
+    memory_bytes: int  # that the buffer takes in the ledger: less than its bytes where parts of it are never used
 
     def try_take(self, pool: BufferPool) -> Any | None:
         """The buffer of ``buffer_bytes`` (> 0), or None where the pool's limit leaves no room.
 
         Something that :func:`torch.frombuffer` takes, and whose bytes are in use until the last tensor on it dies.
         """
-        take = pool.try_take_pages if self.mode == "mapped" else pool.try_take
-        return take(self.buffer_bytes)
+        if self.mode == "mapped":
+            return pool.try_take_pages(self.buffer_bytes, self.memory_bytes)
+        return pool.try_take(self.buffer_bytes)
 
 
 def can_map(extents: Sequence[Extent]) -> bool:
@@ -57,11 +59,13 @@ def place(extents: Sequence[Extent], mode: Mode) -> Placement:
     wanted = [i for i, extent in enumerate(extents) if extent.nbytes]
     offsets = [0] * len(extents)
     runs: list[PlacedRun] = []
-    end = 0
+    end = unused_bytes = 0
     for run in coalesce([extents[i] for i in wanted], gaps_take_memory=mode != "buffered"):
         run = Run(run.extents, tuple(wanted[i] for i in run.members))
         if mode == "mapped" and can_map(run.extents):
-            placed, end = _mapped(run, aligned(end, PAGE_BYTES))
+            begin = _congruent(run, aligned(end, PAGE_BYTES))
+            unused_bytes += begin - aligned(end, PAGE_BYTES)
+            placed, end = _mapped(run, begin)
         elif mode == "direct":
             placed, end = _direct(run, aligned(end, PAGE_BYTES))
         else:
@@ -69,7 +73,9 @@ def place(extents: Sequence[Extent], mode: Mode) -> Placement:
         runs.append(placed)
         for i, offset in zip(run.members, placed.offsets, strict=True):
             offsets[i] = offset
-    return Placement(mode, tuple(runs), end, tuple(offsets))
+    used_bytes = end - unused_bytes
+    memory_bytes = aligned(used_bytes, PAGE_BYTES) if mode == "mapped" else block_bytes(used_bytes)
+    return Placement(mode, tuple(runs), end, tuple(offsets), memory_bytes)
 
 
 def read_run(file: WeightFile, placed: PlacedRun, buffer: Any, *, drop_cache: bool = False) -> None:
@@ -92,6 +98,17 @@ def read_run(file: WeightFile, placed: PlacedRun, buffer: Any, *, drop_cache: bo
         return
     destinations = [view[at : at + extent.nbytes] for at, extent in zip(placed.offsets, run.extents, strict=True)]
     file.read(run.start, run.scatter(destinations), drop_cache=drop_cache)
+
+
+def _congruent(run: Run, at_bytes: int) -> int:
+    """The first place for a large run at which its huge pages in the file can be huge pages in memory.
+
+    Then the system maps 2 MiB where it would map 512 pages, and there is less to look up for who uses them.
+    """
+    if run.nbytes < HUGE_PAGE_BYTES:
+        return at_bytes
+    start = run.start - run.start % PAGE_BYTES
+    return at_bytes + (start - at_bytes) % HUGE_PAGE_BYTES
 
 
 def _mapped(run: Run, at_bytes: int) -> tuple[PlacedRun, int]:

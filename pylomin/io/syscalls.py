@@ -17,6 +17,7 @@ _MAP_FIXED = 0x10
 _MAP_FIXED_NOREPLACE = 0x100000  # Linux 4.17
 _MAP_NORESERVE = 0x4000 if _NUMBERS_ARE_KNOWN else 0
 _MADV_WILLNEED = 3
+_MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -42,6 +43,12 @@ def fill_hole(address: int, nbytes: int) -> None:
     """Put anonymous pages where nothing is mapped; without effect where something is."""
     if _LINUX:
         _mmap(address, nbytes, _PROT_READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED_NOREPLACE, -1, 0)
+
+
+def prefer_huge_pages(address: int, nbytes: int) -> None:
+    """What is read into the page cache for these pages should come in huge ones; a hint, which may have no effect."""
+    if _LINUX:
+        _madvise(address, nbytes, _MADV_HUGEPAGE)
 
 
 def populate(address: int, nbytes: int) -> None:

@@ -65,8 +65,7 @@ class Prefetcher:
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
                 continue
-            pieces = [loading.Piece.of(weight) for weight in missing]
-            room = _reserve_ahead(residency, pieces)
+            room = _reserve_ahead(residency, residency.places_of(missing))
             if room is None:
                 return
             job = _Job(self._jobs, residency, missing, room)
@@ -84,13 +83,13 @@ class Prefetcher:
 
         Under the residency's lock.
         """
-        piece = loading.Piece.of(weight, [run])
-        if residency.reads_inline or piece.read_bytes < SMALL_GROUP_BYTES:
+        places = loading.Places([loading.Piece.of(weight, [run])], residency.reading.mode)
+        if residency.reads_inline or places.read_bytes < SMALL_GROUP_BYTES:
             return None
-        room = _reserve_ahead(residency, [piece])
+        room = _reserve_ahead(residency, places)
         if room is None:
             return None
-        ahead = RunAhead(residency, piece, room)
+        ahead = RunAhead(residency, room)
         self._start_thread()
         self._queue.put(ahead)
         return ahead
@@ -150,9 +149,8 @@ class _Job:
 class RunAhead:
     """One run of a weight that is read in the background, for one caller."""
 
-    def __init__(self, residency: Residency, piece: loading.Piece, room: loading.Room) -> None:
+    def __init__(self, residency: Residency, room: loading.Room) -> None:
         self._residency = residency
-        self._piece = piece
         self._room = room
         self._pid = os.getpid()
         self._tensor: torch.Tensor | None = None
@@ -167,7 +165,7 @@ class RunAhead:
         except BaseException as error:  # for the caller
             self._error = error.with_traceback(None)
         else:
-            self._residency.run_was_read(self._piece, time.perf_counter() - started)
+            self._residency.run_was_read(self._room.places, time.perf_counter() - started)
         finally:
             self._done.release()
 
@@ -187,13 +185,12 @@ class RunAhead:
         return tensor
 
 
-def _reserve_ahead(residency: Residency, pieces: Sequence[loading.Piece]) -> loading.Room | None:
-    room = loading.Room(pieces, residency.reading)
+def _reserve_ahead(residency: Residency, places: loading.Places) -> loading.Room | None:
     room_bytes = residency.room_ahead_bytes()
-    if room_bytes is not None and room.peak_bytes > room_bytes:
+    if room_bytes is not None and places.peak_bytes > room_bytes:
         return None
     try:
-        return room if room.try_take(residency.pool) else None
+        return loading.try_reserve(residency.pool, places, drop_cache=residency.reading.drop_cache)
     except (MemoryError, OSError):  # the system has none left; what runs now must not fail for that
         return None
 

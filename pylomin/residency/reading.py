@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pylomin.io.files import Extent, WeightFile
-from pylomin.io.modes import Mode, choose_mode
+from pylomin.io.modes import CACHED, Mode, choose_mode
 from pylomin.io.placed import can_map
 from pylomin.residency.memory_limits import memory_limits
 from pylomin.residency.weight import Weight
@@ -21,6 +21,7 @@ class Reading:
 
     mode: Mode = "buffered"
     drop_cache: bool = False  # after buffered reads
+    is_cached: bool = False
     why: str = "nothing was read from a file yet."
 
 
@@ -36,9 +37,10 @@ def choose_reading(weights: Sequence[Weight], requested: Mode | None, *, kept_by
     stored_bytes = sum(w.source.layout.nbytes for w in weights if w.source.stored is not None)
     limits = memory_limits()
     limited = limits.limit_bytes is not None
+    cached = _cached_fraction(by_file)
     choice = choose_mode(
         requested,
-        cached_fraction=_cached_fraction(by_file),
+        cached_fraction=cached,
         streamed_bytes=stored_bytes,
         other_bytes=kept_bytes + SPARE_BYTES,
         available_bytes=limits.available_bytes,
@@ -46,7 +48,7 @@ def choose_reading(weights: Sequence[Weight], requested: Mode | None, *, kept_by
         direct_refused=next(iter(by_file)).direct_refused,
         aligned=all(can_map(extents) for extents in by_file.values()),
     )
-    return Reading(choice.mode, choice.drop_cache, choice.why)
+    return Reading(choice.mode, choice.drop_cache, cached is not None and cached >= CACHED, choice.why)
 
 
 def _cached_fraction(by_file: dict[WeightFile, list[Extent]]) -> float | None:

@@ -34,6 +34,7 @@ from pylomin.residency.weight import ResidentParameter, State, Weight, dense_lay
 from pylomin.store.scratch import ScratchDirectory
 
 RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
+MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
 REVIEW_S = 1.0
 GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
@@ -96,6 +97,7 @@ class Residency:
         self._weights_seen = 0
         self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
+        self._places: dict[Key, loading.Places] = {}
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
@@ -277,7 +279,7 @@ class Residency:
                 stalled_s = time.perf_counter() - started
                 self.load_finished(hold.claimed, claim, tensors, stalled_s)
                 hold.claimed = []
-                if claim.read_bytes:
+                if claim.places.read_bytes:
                     self._stats.stall_s += stalled_s
 
     def release(self, hold: Hold) -> None:
@@ -324,8 +326,8 @@ class Residency:
         room = None
         while room is None:
             with self.lock:
-                piece = loading.Piece.of(weight, runs)
-                room = self._find_room([weight], [piece], lambda: True, me, waiter)
+                places = loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
+                room = self._find_room([weight], places, lambda: True, me, waiter)
                 if room is None:
                     waiter.enlist(self._waiters)
                 else:
@@ -336,8 +338,8 @@ class Residency:
         values = room.load()[0]
         read_s = time.perf_counter() - started
         with self.lock:
-            self.run_was_read(piece, read_s)
-            if piece.read_bytes:
+            self.run_was_read(places, read_s)
+            if places.read_bytes:
                 self._stats.stall_s += read_s
         return values
 
@@ -359,11 +361,11 @@ class Residency:
             yield values
             del values
 
-    def run_was_read(self, piece: loading.Piece, read_s: float) -> None:
+    def run_was_read(self, places: loading.Places, read_s: float) -> None:
         with self.lock:
-            if piece.read_bytes:
+            if places.read_bytes:
                 self._stats.loads += 1
-                self._stats.bytes_read += piece.read_bytes
+                self._stats.bytes_read += places.read_bytes
                 self._stats.read_s += read_s
 
     def waited(self, seconds: float) -> None:
@@ -401,9 +403,8 @@ class Residency:
         missing = [weight for weight in hold.weights if weight.state is State.OFFLOADED]
         if not missing:
             return None
-        pieces = [loading.Piece.of(weight) for weight in missing]
         needed = partial(_any_offloaded, missing)
-        room = self._find_room(missing, pieces, needed, hold.thread_id, waiter)
+        room = self._find_room(missing, self.places_of(missing), needed, hold.thread_id, waiter)
         if room is None:
             return None
         hold.claimed = missing
@@ -488,19 +489,34 @@ class Residency:
         self._reviewed_s = time.perf_counter()
         weights = [weight for weight in list(self._weights.values()) if not weight.transient]
         kept_bytes = self.memory_budget or 2 * self._largest_bytes
-        self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+        mode, self.reading = (
+            self.reading.mode,
+            choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes),
+        )
+        if self.reading.mode != mode:
+            self._places.clear()
 
     def _footprint(self, key: Key) -> Group:
         weights = self.weights_of(key)
-        whole_bytes = self._room_for(weights).resident_bytes
+        whole_bytes = self.places_of(weights).resident_bytes
         tiles_bytes = [self._tiles_bytes(weight) for weight in weights if weight.tiled]
         if not tiles_bytes:
             return Group(whole_bytes)
         held = [weight for weight in weights if not weight.tiled]
-        return Group(whole_bytes, self._room_for(held).resident_bytes + max(tiles_bytes))
+        return Group(whole_bytes, self.places_of(held).resident_bytes + max(tiles_bytes))
 
-    def _room_for(self, weights: Iterable[Weight]) -> loading.Room:
-        return loading.Room([loading.Piece.of(weight) for weight in weights], self.reading)
+    def places_of(self, weights: Sequence[Weight]) -> loading.Places:
+        """Where weights that are loaded together come to lie; remembered, for they will be again."""
+        if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
+            return loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
+        key = tuple([weight.index for weight in weights])
+        places = self._places.get(key)
+        if places is None or not places.of_weights(weights):
+            if len(self._places) > MOST_PLACES + 2 * len(self._weights):
+                self._places.clear()
+            places = loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
+            self._places[key] = places
+        return places
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
@@ -510,7 +526,8 @@ class Residency:
     def load_finished(
         self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
     ) -> None:
-        loaded = Loaded(tuple(weight.index for weight in weights), room.resident_bytes, bool(weights[0].parts))
+        places = room.places
+        loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes, bool(weights[0].parts))
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -523,9 +540,9 @@ class Residency:
         if loaded.is_unpacked:
             self._unpacked_bytes += loaded.nbytes
         else:
-            self._largest_bytes = max(self._largest_bytes, room.peak_bytes)
-        if room.read_bytes:
-            self._stats.bytes_read += room.read_bytes
+            self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
+        if places.read_bytes:
+            self._stats.bytes_read += places.read_bytes
             self._stats.read_s += read_s
         self._wake()
 
@@ -626,21 +643,22 @@ class Residency:
     def _find_room(
         self,
         weights: Sequence[Weight],
-        pieces: Sequence[loading.Piece],
+        places: loading.Places,
         needed: Callable[[], bool],
         thread_id: int,
         waiter: _Waiter | None,
     ) -> loading.Room | None:
-        """Memory for ``pieces``; None if the caller has to wait for it, as long as ``needed``."""
+        """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
         while True:
-            room = loading.try_reserve(self.pool, pieces, self.reading)
+            room = loading.try_reserve(self.pool, places, drop_cache=self.reading.drop_cache)
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
-        room = loading.try_reserve(self.pool, pieces, Reading("buffered", self.reading.mode != "mapped"))
+        exact = loading.Places(places.pieces, "buffered")
+        room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped")
         if room is not None:
             self._waiting.pop(thread_id, None)
             return room
@@ -648,7 +666,7 @@ class Residency:
         if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
             waiter.hopeless += 1
             if waiter.hopeless > GRACE:
-                raise self._over_budget(weights, pieces)
+                raise self._over_budget(weights, exact)
         self._waiting[thread_id] = needed
         return None
 
@@ -666,9 +684,9 @@ class Residency:
         for waiter in waiters:
             waiter.wake()
 
-    def _over_budget(self, weights: Sequence[Weight], pieces: Sequence[loading.Piece]) -> BudgetError:
+    def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
-        needed_bytes = loading.Room(pieces, self.reading).peak_bytes
+        needed_bytes = places.peak_bytes
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
         return BudgetError(
             f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "
@@ -692,7 +710,7 @@ class Residency:
     @property
     def reads_inline(self) -> bool:
         """Reading ahead would cost more than it saves: there is nothing to copy."""
-        return self.reading.mode == "mapped"
+        return self.reading.mode == "mapped" and self.reading.is_cached
 
     def read_on(self) -> None:
         """Under the lock: a background read has finished, and another can be begun."""

@@ -46,9 +46,11 @@ def _format_of(path: str) -> Callable[[str], ExtentStore]:
         return NpyStore
     if beginning.startswith(GGUF_MAGIC):
         return GGUFStore
+    if beginning[8:] == b"{":  # before pickles: the length of a header may begin as they do
+        return SafetensorsStore
     if beginning.startswith(b"\x80"):  # a pickle
         return TorchLegacyStore
-    if beginning[8:] == b"{" or fnmatchcase(os.path.basename(path), "*.safetensors"):
+    if fnmatchcase(os.path.basename(path), "*.safetensors"):
         return SafetensorsStore
     raise StoreFormatError(
         f"{path!r} is not of a supported format: it begins with {beginning[:8]!r}. Supported: {SUPPORTED}. It may be "

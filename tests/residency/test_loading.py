@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pylomin.errors import StoreReadError
 from pylomin.io.buffers import ALIGNMENT_BYTES, BufferPool
 from pylomin.residency import loading
-from pylomin.residency.loading import Piece, Reading, Room
+from pylomin.residency.loading import Piece, Places
 from pylomin.residency.residency import Residency
 from pylomin.residency.weight import Layout, Weight
 from pylomin.store.memory import MemoryStore
@@ -17,7 +17,7 @@ from .common import CPU, CountingStore, layout, weight_of
 
 
 def load(pool: BufferPool, *pieces: Piece) -> list[torch.Tensor]:
-    room = loading.try_reserve(pool, pieces, Reading())
+    room = loading.try_reserve(pool, Places(pieces, "buffered"))
     assert room is not None
     return room.load()
 
@@ -43,7 +43,7 @@ def test_the_ledger_counts_the_group(residency: Residency) -> None:
     pool = BufferPool()
     store = CountingStore({"a": torch.ones(3), "b": torch.ones(17)})
     pieces = [Piece.of(weight_of(store, name, residency)) for name in "ab"]
-    assert Room(pieces, Reading()).peak_bytes == 64 + 128
+    assert Places(pieces, "buffered").peak_bytes == 64 + 128
     loaded = load(pool, *pieces)
     assert pool.in_use_bytes() == 192
     del loaded[0]
@@ -57,8 +57,8 @@ def test_no_room() -> None:
     store = CountingStore({"a": torch.ones(100), "b": torch.ones(100)})
     pieces = [Piece.of(weight_of(store, name, residency)) for name in "ab"]
     pool = BufferPool(limit_bytes=800)
-    assert loading.try_reserve(pool, pieces, Reading()) is None
-    assert loading.try_reserve(pool, pieces[:1], Reading()) is not None
+    assert loading.try_reserve(pool, Places(pieces, "buffered")) is None
+    assert loading.try_reserve(pool, Places(pieces[:1], "buffered")) is not None
     assert pool.in_use_bytes() == 0
 
 
@@ -67,9 +67,9 @@ def test_no_room_for_the_second_of_two_reservations() -> None:
     residency = Residency()
     store = CountingStore({"a": torch.ones(100, dtype=torch.bfloat16)})
     piece = Piece.of(weight_of(store, "a", residency, layout(torch.float32, 100)))
-    assert Room([piece], Reading()).peak_bytes == 256 + 400
+    assert Places([piece], "buffered").peak_bytes == 256 + 400
     pool = BufferPool(limit_bytes=500)
-    assert loading.try_reserve(pool, [piece], Reading()) is None
+    assert loading.try_reserve(pool, Places([piece], "buffered")) is None
     assert pool.in_use_bytes() == 0
     pool.set_limit(656)
     assert torch.equal(load(pool, piece)[0], torch.ones(100))
@@ -177,7 +177,7 @@ def test_a_failed_read_gives_its_memory_back_while_the_error_lives(residency: Re
         Piece.of(weight_of(store, "b", residency, layout(torch.float, 4))),
     ]
     store.close()
-    room = loading.try_reserve(pool, pieces, Reading())
+    room = loading.try_reserve(pool, Places(pieces, "buffered"))
     assert room is not None
     with pytest.raises(StoreReadError) as caught:
         room.load()
