@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ NAMES = ("bert", "gpt2", "llama", "t5", "mixtral")
 
 
 @pytest.fixture
-def without_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding, which gives the same bits as the decoded model."""
     monkeypatch.setattr(fused, "multiplies_integers", lambda: False)
-    yield
 
 
 def quantized(family: Family, scheme: str, directory: Path) -> Path:
