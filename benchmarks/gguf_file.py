@@ -35,7 +35,7 @@ def gguf_file(config: LlamaConfig, checkpoint: Path, path: Path, *, is_quantized
         return path
     import gguf
 
-    Q8_0 = gguf.GGMLQuantizationType.Q8_0  # noqa: N806  # its name
+    Q8_0 = gguf.GGMLQuantizationType.Q8_0
     print(f"Writing {path}", flush=True)
     scratch = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(scratch, "llama")

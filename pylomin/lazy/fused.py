@@ -2,11 +2,13 @@
 
 A float32 input is written as four digits of 8 bits, base 254, below its largest magnitude. ``torch._int_mm`` multiplies
 them by the codes exactly, in int32; the products are put together in float32, and scaled. That is closer to the exact
-result than a float32 product with the decoded weight (relative error 5e-8 against 2e-7), reads a fourth of the bytes,
-and decodes nothing: 1.0 ms against 3.3 ms for the product alone of one row and a weight of 5632 x 2048, one thread.
-Splitting integers into digits so is known from Ozaki et al. 2012, "Error-free transformations of matrix multiplication".
+result than a float32 product with the decoded weight is (relative error 5e-8 against 2e-7), reads a fourth of the
+bytes, and decodes nothing. (The idea is that of Ozaki et al. 2012, "Error-free transformations of matrix
+multiplication by using fast routines of matrix multiplication".)
 
-It needs one scale for each row of the weight (scheme ``"int8-row"``), and pays for few rows of input.
+It needs one scale for each row of the weight (scheme ``"int8-row"``), and pays for few rows of input. On a weight of
+5632 x 2048, one thread with AMX, it took 1.1 ms for one row and 4.6 ms for 32; a float32 product alone 3.3 ms for one.
+``torch._weight_int8pack_mm`` took 20 ms for a float32 row, and rounds where it is fast, with bfloat16.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, block_bytes
 from pylomin.residency.weight import Layout, Weight
 
-# What a weight is decoded into is no longer there for what stays, so it should be a small share of the budget. Its packed
-# bytes, where that is small as well, are loaded whole although the weight is multiplied by tiles.
+# What a weight is decoded into takes room from what stays, so it should be a small share of the budget; else it is used
+# by tiles. Its packed bytes are loaded whole all the same where they are a small share.
 PACKED_TIMES = 8
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
 

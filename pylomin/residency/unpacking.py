@@ -32,7 +32,7 @@ class Unpacking:
 
     @staticmethod
     def of(weight: Weight, runs: Runs | None) -> Unpacking | None:
-        """None where the runs are no whole rows, or nothing: those are left to the store. Under the residency's lock."""
+        """Under the residency's lock. None where the runs are no whole rows, or nothing: the store reads those."""
         packing = weight.source.packing
         assert packing is not None
         count, columns = packing.matrix_shape

@@ -69,7 +69,7 @@ def steps_of(source: Source, conversions: tuple[Layout, ...]) -> tuple[Layout, .
 
 
 def used_from(weights: Sequence[Weight]) -> list[Weight]:
-    """What is in memory for as long as it is planned to be, when ``weights`` are used: of quantised ones, their parts."""
+    """What is read, kept and planned where ``weights`` are used: of quantised ones, their parts."""
     kept: list[Weight] = []
     for weight in weights:
         kept.extend(weight.parts or (weight,))
