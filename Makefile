@@ -9,7 +9,7 @@ pip := $(python) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz lint format bench clean
+.PHONY: help demo test fuzz lint format bench docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +35,11 @@ format: $(ready) ## Rewrite the code in the project's style
 bench: $(ready) ## Run the benchmarks (30 minutes, 8 GiB of disk; ARGS="name ..." to choose, "--publish" for the docs)
 	$(python) -m benchmarks.run $(ARGS)
 
+docs: $(ready) ## Build the documentation into site/; dead links and missing references are errors
+	$(python) -m mkdocs build --strict $(ARGS)
+
 clean: ## Remove the virtual environment, the checkpoints of demo and benchmarks, and all caches
-	rm -rf $(VENV) .demo .bench benchmarks/results build dist *.egg-info
+	rm -rf $(VENV) .demo .bench benchmarks/results build dist site *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

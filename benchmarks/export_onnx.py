@@ -20,6 +20,7 @@ import torch
 import pylomin
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import ROOT, run_worker, write_result
+from benchmarks.tables import RESULTS
 
 SIZES = {
     "vocab_size": 32000,
@@ -85,6 +86,7 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--publish", action="store_true", help="result to docs/results")
     parser.add_argument("--directory", type=Path, default=ROOT / ".demo" / "export", help="for the checkpoint")
     parser.add_argument("--worker", choices=("export", "compare"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -105,7 +107,7 @@ def main() -> None:
         "files": sorted(path.name for path in arguments.directory.iterdir()),
         **run_worker([*command, "compare"]).report,
     }
-    path = arguments.output / "export_onnx.json"
+    path = (RESULTS if arguments.publish else arguments.output) / "export_onnx.json"
     write_result(path, {**SIZES, "dtype": "float32", "tokens": TOKENS}, results)
     print(
         f"{results['weight_bytes'] / 1e9:.2f} GB of weights exported in {results['process_cpu_s']:.0f} s of CPU and "

@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -146,9 +145,8 @@ WORKERS: dict[str, Callable[[Path], None]] = {
 def work(name: str, path: Path) -> dict[str, Any]:
     """What a process reports of itself."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
     WORKERS[name](path)
-    return {"peak_rss_bytes": peak_rss_bytes(), "seconds": time.perf_counter() - start}
+    return {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def measure(kind: str, size: str, directory: Path) -> dict[str, Any]:
@@ -171,7 +169,6 @@ def measure(kind: str, size: str, directory: Path) -> dict[str, Any]:
     for name, report in runs.items():
         if name != "imports":
             row[f"{name}_added_bytes"] = report["peak_rss_bytes"] - base_bytes
-    row["load_seconds"] = runs["load"]["seconds"] - runs["imports"]["seconds"]
     return row
 
 

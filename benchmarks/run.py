@@ -32,8 +32,9 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "decode": "Decoding at five budgets, beside transformers, accelerate and llama.cpp",
             "quantized_decode": "Decoding from int8 in a small container, beside float32 and llama.cpp Q8_0",
             "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
+            "save": "Memory and speed of the writers, on a 2 GB checkpoint",
             "quantize": "Size, error and speed of quantised stores",
-            "checkpoints": "Training checkpoints: deltas, standing still, kills",
+            "training_checkpoints": "Training checkpoints: deltas, standing still, kills",
             "fit": "What fit predicts against what is measured",
         }.items()
     },

@@ -154,6 +154,8 @@ def _place(
     places: dict[str, _Place] = {}
     to_write: dict[object, list[str]] = {}  # names by tensor
     for name, tensor in tensors.items():
+        if not tensor.nbytes:
+            continue
         place = _place_in_store(tensor, directory, outputs) if isinstance(tensor, OffloadedTensor) else None
         if place is not None:
             places[name] = place

@@ -216,13 +216,13 @@ def _options(
 ) -> SaveOptions:
     if dtype is not None and not (dtype.is_floating_point and dtype in STORED_DTYPES):
         raise PassError(f"dtype is {dtype}; expected a floating-point dtype such as torch.bfloat16.")
-    names = order if order is None or isinstance(order, Iterable) else order.order
-    if isinstance(names, str):
+    names = () if order is None else getattr(order, "order", order)
+    if isinstance(names, str) or not isinstance(names, Iterable):
         raise PassError(f"order is {names!r}; expected a list of names of weights, in the order of their use.")
     return SaveOptions(
         encoder=None if dtype is None else Cast(dtype),
         max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size, what="max_shard_size"),
-        order=tuple(names or ()),
+        order=tuple(names),
         digests=digests,
         progress=progress,
         overwrite=overwrite,

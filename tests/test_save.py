@@ -130,8 +130,10 @@ class TestSaveStore:
     def test_order_of_names_that_are_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(pylomin.WeightNotFoundError, match=r"'a\.weights'.*'memory'.*Similar: 'a\.weight'"):
             pylomin.save_store(TENSORS, tmp_path / "m", order=["a.weights"])
-        with pytest.raises(pylomin.PassError, match="expected a list of names"):
-            pylomin.save_store(TENSORS, tmp_path / "m", order="a.weight")
+        wrong: Any
+        for wrong in ("a.weight", 7):
+            with pytest.raises(pylomin.PassError, match="expected a list of names"):
+                pylomin.save_store(TENSORS, tmp_path / "m", order=wrong)
         assert os.listdir(tmp_path) == []
 
     def test_metadata_is_kept(self, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ when no tensor views its bytes: it is handed out as a Python buffer object, ever
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import threading
@@ -114,15 +115,14 @@ class BufferPool:
             used_bytes: how many of them will be used, and are counted; default: all.
         """
         capacity = aligned(nbytes, PAGE_BYTES)
-        used_bytes = capacity if used_bytes is None else aligned(used_bytes, PAGE_BYTES)
+        used_bytes = nbytes if used_bytes is None else used_bytes
+        counted_bytes = aligned(used_bytes, PAGE_BYTES)
         with self._lock:
             self._collect()
-            if not self._make_room(used_bytes):
+            if not self._make_room(counted_bytes):
                 return None
-            # Linux aligns anonymous memory to huge pages where its size is a multiple of theirs (since 6.7).
-            address_bytes = aligned(capacity, HUGE_PAGE_BYTES) if capacity >= HUGE_PAGE_BYTES else capacity
-            pages = mmap.mmap(-1, address_bytes, flags=PRIVATE)
-            self._count(pages, None, used_bytes, used_bytes)
+            pages = _anonymous(capacity)
+            self._count(pages, None, counted_bytes, used_bytes)
             return pages
 
     def try_adopt(self, nbytes: int) -> Callable[[torch.Tensor], None] | None:
@@ -224,7 +224,14 @@ class BufferPool:
         capacity = aligned(nbytes, PAGE_BYTES)
         if not self._make_room(capacity):
             return None
-        return _Block(mmap.mmap(-1, capacity, flags=PRIVATE), 0, capacity)
+        pages = _anonymous(capacity)
+        huge_bytes = capacity - capacity % HUGE_PAGE_BYTES
+        if huge_bytes and hasattr(mmap, "MADV_HUGEPAGE"):
+            # Direct reads were up to twice as fast into huge pages. The rest of the block stays in small ones, so that
+            # it does not take more than is counted.
+            with contextlib.suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
+        return _Block(pages, 0, capacity)
 
     def _make_room(self, nbytes: int) -> bool:
         if self.limit_bytes is None:
@@ -235,6 +242,15 @@ class BufferPool:
     def _drop_free(self, keep_bytes: int) -> None:
         while self._free and self.free_bytes > keep_bytes:
             del self._free[0]
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Fresh memory, private to this process: Python's default would let a forked child write into it.
+
+    Large memory begins on a multiple of ``HUGE_PAGE_BYTES``, as Linux has it where the size is a multiple of that (since
+    6.7). What is beyond ``nbytes`` is never touched.
+    """
+    return mmap.mmap(-1, aligned(nbytes, HUGE_PAGE_BYTES) if nbytes >= HUGE_PAGE_BYTES else nbytes, flags=PRIVATE)
 
 
 class _Reservation:

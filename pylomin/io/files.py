@@ -143,6 +143,7 @@ class WeightFile:
             try:
                 fault_in(offset_bytes, nbytes, pages, at_bytes)
             except OSError as error:
+                self._check_unchanged(descriptor.fd)
                 self._find_fault(descriptor.fd, offset_bytes, nbytes)
                 self._raise_unless_complete(offset_bytes, nbytes, 0, error)
             self._check_unchanged(descriptor.fd)
@@ -178,6 +179,7 @@ class WeightFile:
             try:
                 copy_ranges([(extent.start, extent.nbytes) for extent in extents], first, pages, buffer)
             except OSError as error:
+                self._check_unchanged(descriptor.fd)
                 self._find_fault(descriptor.fd, first, last - first)
                 self._raise_unless_complete(first, last - first, 0, error)
             self._check_unchanged(descriptor.fd)

@@ -46,22 +46,21 @@ def choose_mode(
             return Choice("buffered", True, f"direct was asked for, but {direct_refused}.")
         return Choice(requested, requested == "buffered" and not room, f"{requested} was asked for.")
     if not room:
-        reason = "memory is too small to keep the file cached beside what else is needed"
-    elif cached_fraction is None:
+        tight = "memory is too small to keep the file cached beside what else is needed"
+        if direct_refused is None:
+            return Choice("direct", False, f"{tight}.")
+        return Choice("buffered", True, f"{tight}, and {direct_refused}.")
+    if cached_fraction is None:
         return Choice(
             "buffered", False, "the system does not say whether the file is cached, and there is room for it."
         )
-    elif cached_fraction < CACHED:
+    if cached_fraction < CACHED:
         # A mapping brings it there in the largest pages that the system has, which are the quickest to map again.
         cold = f"only {cached_fraction:.0%} of the file is cached, and there is room for all of it: what is read stays."
         return Choice("mapped" if aligned else "buffered", False, cold)
-    elif aligned:
+    if aligned:
         return Choice("mapped", False, "the file is cached, and there is room for it to stay so.")
-    else:
-        return Choice("buffered", False, "the file is cached, but its weights are not aligned to be used in place.")
-    if direct_refused is None:
-        return Choice("direct", False, f"{reason}.")
-    return Choice("buffered", not room, f"{reason}, and {direct_refused}.")
+    return Choice("buffered", False, "the file is cached, but its weights are not aligned to be used in place.")
 
 
 def _room(

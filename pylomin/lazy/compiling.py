@@ -14,13 +14,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _compiler_callback() -> Any:
+    """What the compiler does with the frames that are run now; None where it does nothing."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback()
+
+
 def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
     """``torch.compiler.disable``, without importing the compiler (a second or more) for those who do not use it."""
     disabled: list[Callable[P, R]] = []
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
+        if "torch._dynamo" not in sys.modules or _compiler_callback() is None:
             return function(*args, **kwargs)
         if not disabled:
             code = run.__code__  # type: ignore[attr-defined]

@@ -27,8 +27,13 @@ class LazyModule(nn.Module):
     to put back when a forward raises.
     """
 
+    finds_parameters: bool  # the module's own class leaves it to nn.Module to find parameters
+
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        # What nn.Module looks for first, too; a class may answer for its parameters itself.
+        value = self.__dict__["_parameters"].get(name) if type(self).finds_parameters else None
+        if value is None:
+            value = super().__getattr__(name)
         if type(value) is not OffloadedTensor:
             return value
         weight = value.weight
@@ -37,7 +42,7 @@ class LazyModule(nn.Module):
             return value
         # A trace would record the twin as a constant that requires grad, which it cannot.
         if value.trainable and not torch.is_grad_enabled() and not is_tracing():
-            return weight.trainable_twin()
+            return weight.trainable_twin() if weight.twin is None else weight.twin
         return tensor
 
     def __copy__(self) -> nn.Module:
@@ -75,9 +80,6 @@ def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return super(lazy, self).forward(*args, **kwargs)  # type: ignore[misc]
-
     may_fuse = cls.forward is nn.Linear.forward
 
     @not_compiled
@@ -85,7 +87,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         group = whole_weights(self)
         if not group:
-            return run(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
         if may_fuse and group[0].parts and not is_tracing():
             fused = fused_linear(self, group, args, kwargs)
             if fused is not None:
@@ -98,16 +100,17 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
         hold = group[0].residency.hold(weights, group)
         if is_tracing():
             with Untraced(hold):
-                return run(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
         with hold:
             if not torch.is_grad_enabled():
-                return run(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
             with saving_pointers(weights):
-                return run(self, *args, **kwargs)
+                return cls.forward(self, *args, **kwargs)
 
     mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)
     taken = {n: getattr(cls, n) for n in ("__copy__", "__deepcopy__") if hasattr(cls, n)}  # the user's own
     namespace = taken | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "lazy_of": cls}
+    namespace["finds_parameters"] = cls.__getattr__ is nn.Module.__getattr__
     lazy: type[nn.Module] = type(cls)(f"Lazy{cls.__name__}", (*mixins, cls), namespace)  # type: ignore[misc]
     return lazy
 

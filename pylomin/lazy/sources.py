@@ -16,6 +16,7 @@ from pylomin.lazy.offload import Tie
 from pylomin.residency.residency import Residency
 from pylomin.residency.weight import Layout, Source, contiguous_stride, dense_layout
 from pylomin.store.base import ReadRequest, WeightInfo, WeightStore
+from pylomin.store.disk import disk_error
 from pylomin.store.dtypes import STORED_DTYPES, nbytes_of
 from pylomin.store.memory import MemoryStore
 from pylomin.store.safetensors import SafetensorsStore
@@ -159,7 +160,10 @@ def written_sources(
         directory = residency.scratch.path
     else:
         directory = Path(output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, str(directory), 0) from error
     path = directory / "model.safetensors"
     if path.exists():
         raise PassError(

@@ -206,7 +206,9 @@ def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | 
     if not func.is_view or output.dtype != source.dtype or output.is_conj() or output.is_neg():
         return None
     part, itemsize = source.origin.part, source.origin.dtype.itemsize
-    offset_bytes = part.offset_bytes + int(output.storage_offset() - source.storage_offset()) * itemsize
+    # A view without elements may lie behind the end of what it is a view of.
+    skipped = int(output.storage_offset() - source.storage_offset()) if output.numel() else 0
+    offset_bytes = part.offset_bytes + skipped * itemsize
     return Stored(Part(part.store, part.name, offset_bytes, output.numel() * itemsize), source.origin.dtype)
 
 

@@ -97,14 +97,20 @@ def from_pretrained(
     directory = checkpoint_directory(path, subfolder)
     model_class, config, model_kwargs = read_config(model_class, directory, kwargs)
     refuse_quantized(config, directory)
-    file_name = getattr(config, "transformers_weights", None)
-    store = open_checkpoint(directory, file_name=file_name, variant=variant, use_safetensors=use_safetensors)
+    stores = open_checkpoint(
+        directory,
+        file_name=getattr(config, "transformers_weights", None),
+        extra_files=getattr(type(config), "extra_files", ()),
+        variant=variant,
+        use_safetensors=use_safetensors,
+    )
+    tensors = {name: DeferredTensor.of(store, name) for store in stores for name in store}
     try:
         with _report() as report:
             model, info = model_class.from_pretrained(
                 None,
                 config=config,
-                state_dict={name: DeferredTensor.of(store, name) for name in store},
+                state_dict=tensors,
                 dtype=dtype,
                 output_loading_info=True,
                 **model_kwargs,
@@ -113,16 +119,14 @@ def from_pretrained(
         problem = WeightMismatchError if "ignore_mismatched_sizes" in str(error) else PassError
         details = "\n".join(report) or str(error)
         raise problem(f"transformers cannot load {directory!r} into {model_class.__name__}: {details}") from error
-    if len(store) and not any(
-        isinstance(t, DeferredTensor) for t in itertools.chain(model.parameters(), model.buffers())
-    ):
+    if tensors and not any(isinstance(t, DeferredTensor) for t in itertools.chain(model.parameters(), model.buffers())):
         raise WeightNotFoundError(
-            f"no weight in {directory!r} is one of {type(model).__name__}'s: found {next(iter(store))!r} and "
-            f"{len(store) - 1} more, expected {next(iter(model.state_dict()))!r} and others. Give the class that the "
-            f"checkpoint was saved from: its config.json names {getattr(config, 'architectures', None)}."
+            f"no weight in {directory!r} is one of {type(model).__name__}'s: found {next(iter(tensors))!r} and "
+            f"{len(tensors) - 1} more, expected {next(iter(model.state_dict()))!r} and others. Give the class that "
+            f"the checkpoint was saved from: its config.json names {getattr(config, 'architectures', None)}."
         )
     offload_deferred(model, device=execution_device, memory_budget=budget)
-    model.config.name_or_path = model.name_or_path = directory
+    model.config.name_or_path = model.name_or_path = os.fspath(path)
     if hasattr(model, "adjust_generation_fn") and kwargs.get("generation_config") is None:
         read_generation_config(model, directory, kwargs)
     return (model, info) if wants_info else model

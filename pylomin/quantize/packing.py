@@ -18,6 +18,7 @@ _BITS = {"int8": 8, "int8-row": 8, "int4": 4}
 _CASTS = {"bf16": torch.bfloat16, "f16": torch.float16}
 SCHEMES = (*_BITS, *_CASTS)
 FULL = "full"  # as it is
+NON_FINITE = "non-finite values"
 
 # What to try next where a scheme's error is too large.
 FINER = {"int4": "int8", "int8-row": "int8", "int8": "bf16", "f16": FULL, "bf16": FULL}
@@ -141,7 +142,7 @@ class Packing:
         decoded = torch.empty_like(values) if reference is None else reference.clone()
         self.decode_rows(parts, decoded, add=reference is not None)
         if not largest <= torch.finfo(self.dtype).max or not errors.add(exact, decoded):
-            raise NotEncodable("values out of range" if bool(torch.isfinite(values).all()) else "non-finite values")
+            raise NotEncodable("values out of range" if bool(torch.isfinite(values).all()) else NON_FINITE)
         return parts
 
     def decode_rows(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor, *, add: bool = False) -> None:

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +32,7 @@ from pylomin.residency.trace import Key
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout, used_from
 from pylomin.store.scratch import ScratchDirectory
 
+RESIDENT = State.RESIDENT  # looked up in every forward
 RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
 MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
@@ -102,11 +102,12 @@ class Residency:
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
         self._uses = 0
+        self._settled = False  # all that is used stays: nothing to predict, and nothing to read
         self._kept_bytes = 0
         self._largest_bytes = 0  # of anything loaded together so far
         self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
         self._unpacked_bytes = 0  # that is decoded now
-        self._holders: Counter[int] = Counter()  # pins by thread
+        self._holders: dict[int, int] = {}  # holds by thread
         self._waiting: dict[
             int, Callable[[], bool]
         ] = {}  # threads that wait for memory, and whether they still need to
@@ -171,7 +172,7 @@ class Residency:
     def start_recording(self) -> None:
         """Record uses, of all threads, until :meth:`stop_recording`."""
         with self.lock:
-            self._recording = Recording(self.stats())
+            self._recording, self._settled = Recording(self.stats()), False
 
     def stop_recording(self) -> Measured | None:
         """What was recorded; None if nothing was used."""
@@ -253,8 +254,12 @@ class Residency:
             for weight in hold.weights:
                 weight.holds += 1
                 hold.pinned.append(weight)
-            self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] + 1, True
-            if not _any_not_resident(hold.weights):
+            holders, me = self._holders, hold.thread_id
+            holders[me], hold.counted = holders.get(me, 0) + 1, True
+            for weight in hold.weights:
+                if weight.state is not RESIDENT:
+                    break
+            else:
                 self._used(hold, missed=False)
                 return
         missed, waiter = False, None
@@ -293,7 +298,8 @@ class Residency:
             if hold.claimed:
                 self.load_failed(hold.claimed)
                 hold.claimed = []
-            self._waiting.pop(hold.thread_id, None)
+            if self._waiting:
+                self._waiting.pop(hold.thread_id, None)
             self._unpin(hold)
         if first_error is not None:
             raise first_error
@@ -412,20 +418,24 @@ class Residency:
         return room
 
     def _used(self, hold: Hold, missed: bool) -> None:
+        group = hold.weights if hold.group is None else hold.group
+        if group and group[0].parts:  # decoded from what is in memory, for this use
+            for weight in hold.weights:
+                weight.loaded.used = True
+            return
         self._uses += 1
+        if missed:
+            self._stats.loads += 1
+        else:
+            self._stats.hits += 1
+            if self._settled and not self._ahead:
+                return
         for weight in hold.weights:
             loaded: Loaded = weight.loaded
             loaded.last_use = self._uses
             if not loaded.used:
                 loaded.used = True
                 self._ahead.pop(loaded, None)
-        group = hold.weights if hold.group is None else hold.group
-        if group and group[0].parts:  # decoded from what is in memory, for this use
-            return
-        if missed:
-            self._stats.loads += 1
-        else:
-            self._stats.hits += 1
         for weight in group:
             if weight.transient:
                 return
@@ -449,6 +459,7 @@ class Residency:
         self._unpacking_bytes = self._most_unpacked_bytes(order)
         budget = None if self.memory_budget is None else max(0, self.memory_budget - self._unpacking_bytes)
         self.retention.plan(order, groups, budget, reads_ahead=self.reads_ahead)
+        self._settled = self.retention.schedule is not None and not self.retention.streams and self._recording is None
         if self.retention.schedule is None:
             return
         for weight in list(self._weights.values()):
@@ -562,10 +573,11 @@ class Residency:
                 hold.unsettled.append(loaded)
             weight.holds -= 1
             del hold.pinned[-1]
+        holders, thread_id = self._holders, hold.thread_id
         if hold.counted:
-            self._holders[hold.thread_id], hold.counted = self._holders[hold.thread_id] - 1, False
-        if self._holders[hold.thread_id] <= 0:
-            self._holders.pop(hold.thread_id, None)
+            holders[thread_id], hold.counted = holders.get(thread_id, 1) - 1, False
+        if holders.get(thread_id, 1) <= 0:
+            del holders[thread_id]
         if hold.unsettled:
             while hold.unsettled:
                 loaded = hold.unsettled[-1]
@@ -783,7 +795,8 @@ class Residency:
         for hold in gc.get_objects():
             if type(hold) is Hold and hold.residency is self and hold.thread_id != me:
                 self._unpin(hold)
-        self._holders = Counter({me: self._holders[me]} if self._holders[me] > 0 else {})
+        mine = self._holders.get(me, 0)
+        self._holders = {me: mine} if mine > 0 else {}
 
 
 def resident_bytes_of_all() -> int:
@@ -793,13 +806,6 @@ def resident_bytes_of_all() -> int:
 
 def _any_offloaded(weights: Sequence[Weight]) -> bool:
     return any(weight.state is State.OFFLOADED for weight in weights)
-
-
-def _any_not_resident(weights: Sequence[Weight]) -> bool:
-    for weight in weights:  # noqa: SIM110  # a generator costs more than the loop, in every forward
-        if weight.state is not State.RESIDENT:
-            return True
-    return False
 
 
 _all: weakref.WeakSet[Residency] = weakref.WeakSet()

@@ -55,8 +55,8 @@ class Retention:
         """``key`` is used now, by this thread. Returns the order to plan for, when it has become known or changed."""
         replay, cycle = self._replay, getattr(self._cycles, "of_thread", None)
         if replay is not None:
-            last_two = replay.last_two()
             if not replay.follow(key):
+                last_two = replay.last_two()
                 replay.seek(key)
                 if last_two is not None:
                     self.trace.resume(*last_two)

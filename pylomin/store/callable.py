@@ -24,6 +24,7 @@ class CallableStore:
     The function is asked when weights are needed, once for each module: for the module's name in the model and the
     full names of the weights (``"encoder.0"``, ``["encoder.0.weight", "encoder.0.bias"]``). What it returns beyond
     them is kept until it is needed, up to a limit of memory, oldest out first; then it is used without a call, once.
+    A ``memory_budget`` does not count these, nor what the function returns while it is copied.
 
     The function cannot be asked what there is. So the store has no weights until :meth:`expect` says which;
     :func:`pylomin.load` does that, from the model.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-from pylomin.errors import ScratchError, StoreWriteError
+from pylomin.errors import OutputExistsError, ScratchError, StoreWriteError
 
 _WRITE_BYTES = 1 << 26  # 64 MiB per call: macOS refuses 2 GiB, and Ctrl-C should not wait for long
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -55,6 +58,71 @@ def disk_error(
         f"writing weights to {directory!r} failed: {error.strerror or error}. Needed: "
         f"{_sized(needed_bytes)}; free there: {free}. {advice}{_HOW_TO_CHOOSE[error_class]}."
     )
+
+
+@dataclass(slots=True)
+class DiskWriter:
+    """Writes files to one directory; every OSError of its own becomes an ``error_class``.
+
+    Args:
+        total_bytes: of all the files, for errors and progress.
+        progress: called with bytes written and ``total_bytes``.
+    """
+
+    directory: str
+    total_bytes: int
+    error_class: type[StoreWriteError]
+    progress: Callable[[int, int], None] | None = None
+    written_bytes: int = field(default=0, init=False)
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Around what changes the disk and nothing else."""
+        try:
+            yield
+        except OutputExistsError:
+            raise
+        except OSError as error:
+            raise disk_error(error, self.directory, self.total_bytes, self.error_class) from error
+
+    @contextlib.contextmanager
+    def create(self, path: str, durable: bool) -> Iterator[GrowingFile]:
+        """A new file; with ``durable``, on disk when the block ends."""
+        # Not tempfile: its files are private to the user, and this one follows the umask.
+        with self.errors():
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            yield GrowingFile(fd, self)
+            if durable:
+                with self.errors():
+                    os.fsync(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+            raise
+        with self.errors():
+            os.close(fd)  # network file systems may report a full disk only here
+
+
+@dataclass(slots=True)
+class GrowingFile:
+    """One file that grows."""
+
+    fd: int
+    disk: DiskWriter
+    position: int = 0
+
+    def append(self, view: memoryview) -> None:
+        with self.disk.errors():
+            write_at(self.fd, self.position, view)
+        self.position += len(view)
+        self.disk.written_bytes += len(view)
+        if self.disk.progress is not None:
+            self.disk.progress(self.disk.written_bytes, self.disk.total_bytes)
+
+    def rewrite_start(self, view: memoryview) -> None:
+        with self.disk.errors():
+            write_at(self.fd, 0, view)
 
 
 def _sized(nbytes: int) -> str:

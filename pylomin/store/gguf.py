@@ -27,6 +27,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_HEADER_BYTES = 1 << 26  # 64 MiB: a tokenizer of 250,000 tokens takes 10
 _MAX_NAME_BYTES = 1 << 16
+_MAX_TENSORS = 100_000
 _MAX_DIMENSIONS = 8  # the format allows 4
 _MAX_TENSOR_BYTES = (1 << 63) - 1  # torch counts in int64
 _MAX_ALIGNMENT_BYTES = 1 << 24
@@ -101,6 +102,8 @@ def _read_header(cursor: Cursor) -> tuple[list[_Listed], int]:
     if version not in _VERSIONS:
         raise cursor.error(f"is of version {version}; expected {' or '.join(map(str, _VERSIONS))}, little-endian")
     tensor_count, value_count = cursor.u64(), cursor.u64()
+    if tensor_count > _MAX_TENSORS:
+        raise cursor.error(f"claims {tensor_count} weights; expected at most {_MAX_TENSORS}")
     alignment = 32
     for _ in range(value_count):  # each takes bytes of the file, so that a huge count ends soon
         key = _text(cursor)

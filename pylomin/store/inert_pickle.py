@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from pylomin.store.cursor import Cursor
 from pylomin.store.strict_json import shorten
 
-_MAX_OPCODES = 10_000_000  # a tensor takes about 30
+_MAX_OPCODES = 4_000_000  # a tensor takes about 30
 _MAX_TEXT_BYTES = 1 << 24  # 16 MiB
 _MAX_NAME_BYTES = 1000
 _KEYS = (str, int, float, bool, bytes, type(None))

@@ -11,12 +11,12 @@ from typing import IO, TypeVar
 
 import torch
 
-from pylomin.errors import CheckpointError
+from pylomin.errors import CheckpointError, PassError
 from pylomin.quantize.choose import Choose
 from pylomin.quantize.codec import candidates, exceeds, is_smaller
 from pylomin.quantize.error_sum import ErrorSum
 from pylomin.quantize.lossless import BLOCK_BYTES, check_available, compress
-from pylomin.quantize.packing import FULL, GROUP_SIZE, NotEncodable, Packing
+from pylomin.quantize.packing import FULL, GROUP_SIZE, NON_FINITE, SCHEMES, NotEncodable, Packing
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.packed_format import (
     QUANTIZED_KEY,
@@ -79,6 +79,8 @@ class QuantizingEncoder:
         lossless: bool = False,
         scratch_directory: str | None = None,
     ) -> None:
+        if type(group_size) is not int or group_size < 1:
+            raise PassError(f"group_size is {group_size!r}; expected a positive integer.")
         self._choose = choose
         self._names = frozenset(names)
         self._group_size = group_size
@@ -137,7 +139,9 @@ class QuantizingEncoder:
         problems = {name: written.problem for name, written in self._written.items() if written.problem}
         if problems:
             for name, problem in problems.items():
-                self._rejected.setdefault(name, []).append(problem)
+                # No scheme holds values that are not finite; others may do where one did not.
+                times = len(SCHEMES) if problem == NON_FINITE else 1
+                self._rejected.setdefault(name, []).extend([problem] * times)
             self._written.clear()
             raise Rejected
         here = set(names)
@@ -306,7 +310,7 @@ def read_ahead(weight: WeightToWrite) -> Iterator[torch.Tensor]:
     def fetch(number: int) -> torch.Tensor | None:
         piece = next(pieces, None)
         if piece is None or piece.nbytes == weight.nbytes:
-            return piece  # all there is: nothing comes after it that could use its memory
+            return piece
         buffer = buffers[number % 2]
         if buffer is None or buffer.numel() < piece.numel():
             buffer = buffers[number % 2] = torch.empty(piece.numel(), dtype=piece.dtype)
@@ -316,6 +320,10 @@ def read_ahead(weight: WeightToWrite) -> Iterator[torch.Tensor]:
         number = 0
         ahead = thread.submit(fetch, number)
         while (piece := ahead.result()) is not None:
+            if piece.nbytes == weight.nbytes:  # all there is, not copied; the next is not asked for before it was used
+                yield piece
+                next(pieces, None)
+                return
             number += 1
             ahead = thread.submit(fetch, number)
             yield piece

@@ -128,12 +128,13 @@ def _settle(directory: str, staging: str) -> None:
     new, old = _read_journal(staging)
     if not new:
         return
-    if not os.path.lexists(os.path.join(staging, new[-1])):  # the new target is there
-        unwanted = set(old) - set(new)
+    moved = [name for name in new if not os.path.lexists(os.path.join(staging, name))]
+    if new[-1] in moved:  # the new target is there
+        unwanted = [name for name in old if name not in new]
     elif old and os.path.lexists(os.path.join(directory, old[0])):  # the old one still is
-        unwanted = set()
+        unwanted = []
     else:
-        unwanted = {*old, *(name for name in new if not os.path.lexists(os.path.join(staging, name)))}
+        unwanted = [*old, *moved]
     for name in unwanted:
         _unlink(os.path.join(directory, name))
 

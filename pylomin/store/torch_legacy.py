@@ -15,7 +15,8 @@ from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.extents import ExtentStore
 from pylomin.store.inert_pickle import read_pickle
 from pylomin.store.strict_json import shorten
-from pylomin.store.torch_objects import TorchObjects, select_weights
+from pylomin.store.torch_checkpoint import select_weights
+from pylomin.store.torch_objects import TorchObjects
 from pylomin.store.torch_placement import place_tensors, report_ignored
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -30,7 +31,7 @@ class TorchLegacyStore(ExtentStore):
     Args:
         path: the file.
         state_dict_key: which mapping of the checkpoint holds the weights. Default: see
-            :func:`~pylomin.store.torch_objects.select_weights`.
+            :func:`~pylomin.store.torch_checkpoint.select_weights`.
 
     Raises:
         StoreReadError: the file is missing or cannot be read.

@@ -11,7 +11,8 @@ from pylomin.io.files import Extent, WeightFile
 from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.extents import ExtentStore
 from pylomin.store.inert_pickle import read_pickle
-from pylomin.store.torch_objects import StorageRecord, TorchObjects, select_weights
+from pylomin.store.torch_checkpoint import select_weights
+from pylomin.store.torch_objects import StorageRecord, TorchObjects
 from pylomin.store.torch_placement import place_tensors, report_ignored
 from pylomin.store.zip_directory import STORED, ZipDirectory, ZipEntry, read_zip_directory
 
@@ -29,7 +30,7 @@ class TorchZipStore(ExtentStore):
     Args:
         path: the file.
         state_dict_key: which mapping of the checkpoint holds the weights. Default: see
-            :func:`~pylomin.store.torch_objects.select_weights`.
+            :func:`~pylomin.store.torch_checkpoint.select_weights`.
 
     Raises:
         StoreReadError: the file is missing or cannot be read.

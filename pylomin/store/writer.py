@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from pylomin.errors import OutputExistsError, ScratchError, StoreFormatError, StoreWriteError, WeightMismatchError
 from pylomin.store.digests import DIGESTS_KEY, EMPTY_DIGEST, format_digests, layout_digest, new_digest
-from pylomin.store.disk import check_room, disk_error, write_at
+from pylomin.store.disk import DiskWriter, GrowingFile, check_room
 from pylomin.store.dtypes import nbytes_of
 from pylomin.store.header import PREFIX_BYTES, build_header
 from pylomin.store.staging import Staging
@@ -272,7 +271,7 @@ def _write(
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     total_bytes = sum(file.nbytes for file in files) + sum(len(content) for _, content in others)
-    disk = _Disk(target.directory, total_bytes, error_class, progress)
+    disk = DiskWriter(target.directory, total_bytes, error_class, progress)
     with disk.errors():
         staging = Staging(target.directory, target.key)
     try:
@@ -292,7 +291,7 @@ def _write(
         staging.discard()
 
 
-def _write_weights(file: FileToWrite, output: _Output, hashing: Executor) -> None:
+def _write_weights(file: FileToWrite, output: GrowingFile, hashing: Executor) -> None:
     output.append(memoryview(file.header))
     for weight in file.weights:
         digest = new_digest() if file.digests is not None else None
@@ -313,61 +312,3 @@ def _write_weights(file: FileToWrite, output: _Output, hashing: Executor) -> Non
     header = file.final_header()
     if header != file.header:
         output.rewrite_start(memoryview(header))
-
-
-@dataclass(slots=True)
-class _Disk:
-    """Files in one directory; every OSError of their own becomes one of ours."""
-
-    directory: str
-    total_bytes: int
-    error_class: type[StoreWriteError]
-    progress: Callable[[int, int], None] | None = None
-    written_bytes: int = field(default=0, init=False)
-
-    @contextlib.contextmanager
-    def errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OutputExistsError:
-            raise
-        except OSError as error:
-            raise disk_error(error, self.directory, self.total_bytes, self.error_class) from error
-
-    @contextlib.contextmanager
-    def create(self, path: str, durable: bool) -> Iterator[_Output]:
-        # Not tempfile: its files are private to the user, and this one follows the umask.
-        with self.errors():
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            yield _Output(fd, self)
-            if durable:
-                with self.errors():
-                    os.fsync(fd)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-            raise
-        with self.errors():
-            os.close(fd)  # network file systems may report a full disk only here
-
-
-@dataclass(slots=True)
-class _Output:
-    """One file that grows."""
-
-    fd: int
-    disk: _Disk
-    position: int = 0
-
-    def append(self, view: memoryview) -> None:
-        with self.disk.errors():
-            write_at(self.fd, self.position, view)
-        self.position += len(view)
-        self.disk.written_bytes += len(view)
-        if self.disk.progress is not None:
-            self.disk.progress(self.disk.written_bytes, self.disk.total_bytes)
-
-    def rewrite_start(self, view: memoryview) -> None:
-        with self.disk.errors():
-            write_at(self.fd, 0, view)

@@ -19,7 +19,7 @@ STORED = 0
 DEFLATED = 8
 SIGNATURE = b"PK\x03\x04"
 
-_MAX_DIRECTORY_BYTES = 100_000_000  # as for a safetensors header
+_MAX_DIRECTORY_BYTES = 1 << 24  # 16 MiB: about 200,000 entries
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,12 +12,11 @@ import torch
 from torch import nn
 
 import pylomin
+from benchmarks.training_checkpoints import kill_and_restore
 from pylomin.checkpoint import series as series_module
 from pylomin.errors import OutputExistsError, PassError, PylominError, StoreWriteError
 
 from .training import Run, same_values
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(directory: Path) -> list[str]:
@@ -208,40 +204,11 @@ def test_an_unknown_scheme(tmp_path):
 
 
 def test_kill_at_random_moments(tmp_path):
-    """Whatever the moment, the newest whole checkpoint restores, and it is no older than the last but one step."""
+    """Whatever the moment, the newest whole checkpoint restores, and it is no older than the last save but one."""
     generator = random.Random(0)
-    for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.checkpoint.saving_until_killed", str(tmp_path), "96"],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        lines = 2 + generator.randrange(6)
-        last = [process.stdout.readline().split() for _ in range(lines)][-1]
-        threading.Event().wait(generator.random() * 0.02)  # into the middle of a save
-        process.kill()
-        rest = process.stdout.read().split("\n")
-        process.wait()
-        process.stdout.close()
-        done = int(last[1]) if len(rest) < 2 else int(rest[-2].split()[1])
-        restored = restore_newest(tmp_path)
-        assert restored >= done - 1
+    assert all(kill_and_restore(tmp_path, generator) for _ in range(2))
     leftovers = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert len(leftovers) <= 1, "a later writer removes what a killed one left"
-
-
-def restore_newest(directory: Path) -> int:
-    model = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 96))
-    optimizer = torch.optim.Adam(model.parameters())
-    with pylomin.checkpoints(directory, model, optimizer) as series:
-        checkpoint = series.resume()
-    assert checkpoint is not None
-    sums = [float(p.detach().double().sum()) for p in model.parameters()]
-    assert sums == pytest.approx(checkpoint.extra["weight_sums"], abs=1e-3)
-    return series.steps
 
 
 def test_a_reference_that_is_gone(tmp_path):

@@ -30,8 +30,13 @@ AMPLE: dict[str, Any] = {
         ({"limit_bytes": 2 * GIB}, "mapped", False, "is cached"),
         ({"available_bytes": 100}, "mapped", False, "is cached"),  # what is cached needs no new memory
         ({"aligned": False}, "buffered", False, "not aligned"),
-        ({"cached_fraction": 0.89}, "direct", False, "only 89% of the file is cached"),
-        ({"cached_fraction": 0.0, "direct_refused": REFUSED}, "buffered", False, "refuses O_DIRECT"),
+        ({"cached_fraction": 0.89}, "mapped", False, "only 89% of the file is cached, and there is room"),
+        (
+            {"cached_fraction": 0.0, "aligned": False},
+            "buffered",
+            False,
+            "only 0% of the file is cached, and there is room",
+        ),
         ({"limit_bytes": GIB - 1}, "direct", False, "memory is too small"),
         ({"limit_bytes": 2 * GIB, "other_bytes": GIB + 1}, "direct", False, "memory is too small"),
         ({"available_bytes": GIB, "other_bytes": GIB + 1}, "direct", False, "memory is too small"),

@@ -54,6 +54,12 @@ def test_no_config(directory: Path) -> None:
         pylomin.from_pretrained(LLAMA, directory)
 
 
+def test_adapter_beside_the_model(directory: Path) -> None:
+    (directory / "adapter_config.json").touch()
+    with pytest.raises(PassError, match=r"has an adapter beside the model.*PeftModel.from_pretrained"):
+        pylomin.from_pretrained(LLAMA, directory)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": 3}'])
 def test_malformed_config(text: str, directory: Path) -> None:
     (directory / "config.json").write_text(text)

@@ -246,7 +246,6 @@ def test_files(tmp_path: Path) -> None:
     assert_alike(expected, actual, inputs)
     expected.save_pretrained(tmp_path / "more" / "inner", variant="fp16")
     expected, actual = both(model_class, tmp_path / "more", subfolder="inner", variant="fp16", use_safetensors=True)
-    actual.name_or_path = actual.config.name_or_path = expected.name_or_path
     assert_alike(expected, actual, inputs)
 
 
@@ -265,3 +264,15 @@ def test_nothing_matches(tmp_path: Path) -> None:
     saved("gpt2", tmp_path)
     with pytest.raises(WeightNotFoundError, match=r"no weight in .* is one of BertModel's.*GPT2LMHeadModel"):
         pylomin.from_pretrained(transformers.BertModel, tmp_path)
+
+
+def test_further_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of a config may name files beside the usual ones."""
+    model_class, inputs = saved("llama", tmp_path)
+    monkeypatch.setattr(model_class.config_class, "extra_files", ("head.safetensors", "absent.safetensors"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({"lm_head.weight": tensors.pop("lm_head.weight")}, tmp_path / "head.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected, actual = both(model_class, tmp_path)
+    assert in_memory(actual) == set()
+    assert_alike(expected, actual, inputs)

@@ -29,6 +29,7 @@ PLAN = Plan(
     window_bytes=1112,
     peak_bytes=1344,
     elapsed_s=0.25,
+    choices={"reading": "mapped: it is cached."},
 )
 
 
@@ -51,12 +52,13 @@ def test_what_it_says() -> None:
     assert PLAN.schedule.window_bytes == 1112
     assert list(PLAN.uses())[:2] == [("emb.weight",), ("a.weight", "a.bias")]
     assert str(PLAN).splitlines() == [
-        "budget       1.4 KiB  for 3.7 KiB of weights",
-        "resident       288 B  1 of 3 groups",
-        "window       1.1 KiB  for the others",
-        "read         3.4 KiB  each cycle, 2 of 4 uses",
-        "peak         1.3 KiB  predicted",
-        "time          0.25 s  each cycle, predicted",
+        "budget          1.4 KiB  for 3.7 KiB of weights",
+        "resident          288 B  1 of 3 groups",
+        "window          1.1 KiB  for the others",
+        "read            3.4 KiB  each cycle, 2 of 4 uses",
+        "peak            1.3 KiB  predicted",
+        "time             0.25 s  each cycle, predicted",
+        "reading     mapped: it is cached.",
     ]
 
 
@@ -87,6 +89,7 @@ def plans(draw: st.DrawFn) -> Plan:
         window,
         draw(st.none() | st.integers(0, 1 << 62)),
         draw(st.none() | st.floats(0, allow_nan=False, allow_infinity=False)),
+        draw(st.dictionaries(st.sampled_from(["reading", "tiles"]), st.text(st.characters(exclude_categories=["Cs"])))),
     )
 
 

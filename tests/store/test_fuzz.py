@@ -32,7 +32,7 @@ from pylomin.store.torch_zip import TorchZipStore
 from .files import read_bytes, write_offload_folder
 from .gguf_files import STRING, gguf_file, text
 
-EXAMPLES = int(os.environ.get("PYLOMIN_FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("PYLOMIN_FUZZ_EXAMPLES", "100"))
 MOST_BYTES = 32 << 20
 READ_BYTES = 1 << 16  # larger weights are not read: who has no such model never does
 

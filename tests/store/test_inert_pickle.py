@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from pylomin.errors import StoreFormatError
 from pylomin.io.files import WeightFile
+from pylomin.store import inert_pickle
 from pylomin.store.cursor import Cursor
 from pylomin.store.inert_pickle import Global, Inert, read_pickle
 from pylomin.store.open import open_store
@@ -201,16 +202,16 @@ BOMBS = {
     "long": b"\x80\x02\x8b\xff\xff\xff\x7f.",
     "memo": b"\x80\x02Nr\xff\xff\xff\xffj\xfe\xff\xff\xff.",
     "frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\xff.",
-    "name": b"\x80\x02c" + b"a" * 20_000 + b"\n.",
-    "no end": b"\x80\x02" + b"(" * 20_000,
-    "deep lists": b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b".",
-    "deep tuples": b"\x80\x02)" + b"\x85" * 20_000 + b".",
-    "deep tuple as a key": b"\x80\x02})" + b"\x85" * 20_000 + b"Ns.",
+    "name": b"\x80\x02c" + b"a" * 5_000 + b"\n.",
+    "no end": b"\x80\x02" + b"(" * 5_000,
+    "deep lists": b"\x80\x02" + b"]" * 5_000 + b"a" * 4_999 + b".",
+    "deep tuples": b"\x80\x02)" + b"\x85" * 5_000 + b".",
+    "deep tuple as a key": b"\x80\x02})" + b"\x85" * 5_000 + b"Ns.",
     "wide tuple as a key": b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 100 + b"}h\x00Ns.",
     "deep calls": b"\x80\x02" + FROM_TYPE + CALL * 2000 + b")" + b"}t" * 2000 + b"R.",
-    "deep argument": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)" + b"\x85" * 20_000 + b"R.",
+    "deep argument": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)" + b"\x85" * 5_000 + b"R.",
     "wide argument": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)q\x00" + b"h\x00h\x00\x86q\x00" * 100 + b"R.",
-    "many marks": b"\x80\x02" + b"(" * 20_000 + b"t" * 20_000 + b".",
+    "many marks": b"\x80\x02" + b"(" * 5_000 + b"t" * 5_000 + b".",
 }  # fmt: skip
 
 
@@ -227,6 +228,12 @@ def test_bombs(kind, directory):
     finally:
         tracemalloc.stop()
     assert peak_bytes < 100 << 20
+
+
+def test_more_opcodes_than_any_checkpoint_has(directory, monkeypatch):
+    monkeypatch.setattr(inert_pickle, "_MAX_OPCODES", 1000)
+    with pytest.raises(StoreFormatError, match="has more than 1000 opcodes"):
+        parse(b"}" * 1001, directory)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,13 @@ class TestFiles:
         store = open_store(kind(tmp_path / "model.safetensors"))
         assert type(store) is SafetensorsStore
 
+    @pytest.mark.parametrize("name", ["model.safetensors", "model"])
+    @pytest.mark.parametrize("header_bytes", [0x80, 0x0180])
+    def test_length_of_a_header_that_begins_like_a_pickle(self, tmp_path, name, header_bytes):
+        header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(header_bytes)
+        (tmp_path / name).write_bytes(header_bytes.to_bytes(8, "little") + header + b"\1")
+        assert type(open_store(tmp_path / name)) is SafetensorsStore
+
     def test_index(self, tmp_path):
         assert type(open_store(write_shards(tmp_path, SHARDS))) is ShardedStore
 

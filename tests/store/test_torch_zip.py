@@ -100,7 +100,7 @@ def directory(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("views")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(tensors=st.lists(views(), min_size=1, max_size=3), data=st.data())
 def test_views(directory, tensors, data):
     value = {str(number): tensor for number, tensor in enumerate(tensors)}
@@ -158,7 +158,7 @@ def test_large_transposed_weight_is_read_in_pieces(tmp_path, monkeypatch):
         WeightFile, "read", lambda self, start, to: (sizes.append(sum(map(len, to))), read(self, start, to))[1]
     )
     assert same_bits(read_tensor(store, "x"), weight)
-    assert max(sizes) <= 1 << 24
+    assert max(sizes) <= 1 << 22
     assert sum(sizes) == weight.nbytes
     sizes.clear()
     assert same_bits(read_tensor(store, "corner"), weight[:3, :4])
@@ -385,7 +385,7 @@ def test_opening_reads_no_weights(tmp_path, monkeypatch):
 
 
 def test_thousands_of_weights(tmp_path):
-    value = {f"layers.{i}.weight": torch.full((2,), float(i)) for i in range(5000)}
+    value = {f"layers.{i}.weight": torch.full((2,), float(i)) for i in range(1000)}
     check(zip_store(value, tmp_path / "x.pt"), value)
 
 
@@ -433,7 +433,7 @@ def test_failed_opening_closes_the_file(save, tmp_path):
 def test_every_truncation_is_noticed(save, kind, tmp_path):
     save({"x": torch.ones(50), "y": torch.arange(6).view(2, 3).t()}, tmp_path / "x.pt").close()
     raw = (tmp_path / "x.pt").read_bytes()
-    for size in range(0, len(raw), 7):
+    for size in range(0, len(raw), 31):
         (tmp_path / "cut.pt").write_bytes(raw[:size])
         with pytest.raises(StoreFormatError):
             kind(tmp_path / "cut.pt")
