@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 import pylomin
 from pylomin.errors import ExportError, StoreReadError
+from pylomin.io.buffers import SMALL_BYTES, BufferPool
 from pylomin.lazy import fused
 from pylomin.lazy.offload import Footprint, smallest_budget, use_bytes
 from pylomin.store.quantized import QuantizedStore
+from pylomin.store.renamed import renamed
 
 
 def same_bits(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
@@ -147,6 +149,23 @@ def test_fit_and_plan(path, decoded, tmp_path):
     torch.testing.assert_close(other(TOKENS), decoded(TOKENS), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("memory_budget", [None, 1 << 20, 8 << 20])
+def test_decoding_reuses_memory(path, monkeypatch, memory_budget):
+    model = pylomin.load(lambda: nn.Sequential(nn.Linear(256, 768), nn.Linear(768, 256)), _linears(path))
+    pylomin.prefetch(pylomin.set_memory_budget(model, memory_budget))
+    x = torch.ones(1, 256)
+    for _ in range(4):
+        model(x)
+    allocated: list[int] = []
+    allocate = BufferPool._allocate
+    monkeypatch.setattr(
+        BufferPool, "_allocate", lambda pool, nbytes: (allocated.append(nbytes), allocate(pool, nbytes))[1]
+    )
+    for _ in range(4):
+        model(x)
+    assert [nbytes for nbytes in allocated if nbytes >= SMALL_BYTES] == []
+
+
 def test_a_smaller_budget_takes_effect(path, decoded):
     model = pylomin.load(Model, path, memory_budget="8MiB")
     model(TOKENS)
@@ -254,9 +273,12 @@ def test_renamed(path, decoded):
     assert pylomin.stats(model).bytes_read == packed_bytes(path, "up.weight") + 768 * 4
 
 
-def _only_up(store: QuantizedStore) -> object:
-    from pylomin.store.renamed import renamed
+def _linears(path: Path) -> object:
+    names = {"up.weight": "0.weight", "up.bias": "0.bias", "down.weight": "1.weight", "down.bias": "1.bias"}
+    return renamed(store_of(path), key_map=names.get)
 
+
+def _only_up(store: QuantizedStore) -> object:
     return renamed(store, key_map=lambda name: name.replace("up.", "0.") if name.startswith("up.") else None)
 
 
