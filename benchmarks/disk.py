@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+from pylomin.io.buffers import BufferPool
 from pylomin.io.direct import direct_bytes
 from pylomin.io.files import Extent, WeightFile
 
@@ -64,16 +65,18 @@ def disk_bandwidth(file: Path, mode: Literal["direct", "buffered"] = "direct", p
     forget(file)
     opened = WeightFile(file)
     size_bytes = min(opened.size_bytes, ENOUGH_BYTES)
-    with mmap.mmap(-1, piece_bytes) as memory, memoryview(memory) as view:  # aligned to pages, as direct reads want it
-        for page in range(0, piece_bytes, mmap.PAGESIZE):
-            view[page] = 0  # page faults are no part of reading
-        start = time.perf_counter()
-        for position in range(0, size_bytes, piece_bytes):
-            nbytes = min(piece_bytes, size_bytes - position)
-            if mode == "direct":
-                opened.read_direct(position, nbytes, view[: direct_bytes(position, nbytes)])
-            else:
-                opened.read(position, [view[:nbytes]], drop_cache=True)
-        elapsed_s = time.perf_counter() - start
+    memory = BufferPool().try_take(piece_bytes)  # what pylomin reads into, too
+    assert memory is not None
+    view = memoryview(memory).cast("B")
+    for page in range(0, piece_bytes, mmap.PAGESIZE):
+        view[page] = 0  # page faults are no part of reading
+    start = time.perf_counter()
+    for position in range(0, size_bytes, piece_bytes):
+        nbytes = min(piece_bytes, size_bytes - position)
+        if mode == "direct":
+            opened.read_direct(position, nbytes, view[: direct_bytes(position, nbytes)])
+        else:
+            opened.read(position, [view[:nbytes]], drop_cache=True)
+    elapsed_s = time.perf_counter() - start
     opened.close()
     return size_bytes / elapsed_s

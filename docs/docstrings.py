@@ -16,24 +16,12 @@ _LITERAL = re.compile(r"^::\n\n", re.MULTILINE)  # indented text is code anyway
 
 
 class Docstrings(griffe.Extension):
-    """Rewrites each docstring, and finds functions that modules hide."""
+    """Rewrites each docstring."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for everything that may have a docstring."""
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)
-
-    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Puts a public function before the module of its name, as Python does.
-
-        Called when all of the package is known.
-        """
-        for name in map(str, pkg.exports or []):
-            module = pkg.members.get(name)
-            if isinstance(module, griffe.Module):
-                function = module.members[name]
-                assert isinstance(function, griffe.Function)
-                pkg.set_member(name, function)
 
 
 def to_markdown(docstring: str) -> str:

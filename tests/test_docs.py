@@ -6,8 +6,10 @@ Blocks of ``python`` run, page by page; a block of ``text`` behind one is what i
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
+import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -73,6 +75,25 @@ def test_every_error_has_a_section_with_its_text() -> None:
     assert not ERROR_CLASSES - set(by_name)
     for name in ERROR_CLASSES - {"PylominError"}:  # the base of the others
         assert f"```text\n{name}: " in by_name[name], name
+
+
+def test_every_command_is_shown_and_its_examples_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    hook = importlib.import_module("command_line")
+    page = (DOCS / hook.PAGE).read_text()
+    monkeypatch.chdir(tmp_path)
+    for path in ("llama", "run/step-00000100", "run/step-00000200"):
+        Path(path).mkdir(parents=True)
+    for path in ("model.safetensors", "pytorch_model.bin"):
+        Path(path).touch()
+    for name, command in hook.commands():
+        section = page.partition(f"## {name}\n")[2]
+        example, _, rest = section.partition("\n```\n")
+        assert rest.partition("\n## ")[0].rstrip().endswith(f"<!-- pylomin {name} -->")
+        arguments = shlex.split(example.removeprefix(f"\n```sh\npylomin {name} "))
+        command.make_context(name, arguments).close()
+        for parameter in command.params:
+            assert parameter.help in hook.fill(page)
 
 
 def test_what_is_shown_is_compared() -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from pylomin.io.arena import Arena, drop_pages
+
 ALIGNMENT_BYTES = 64  # what torch's own CPU allocator gives; some BLAS kernels round differently on less
 PAGE_BYTES = mmap.PAGESIZE
 HUGE_PAGE_BYTES = 2 << 20  # 2 MiB; of x86-64, and of ARM with pages of 4 KiB
@@ -56,6 +58,7 @@ class _Block:
     memory: Any  # a writable buffer exporter: anonymous mmap, or a ctypes array for small blocks
     offset_bytes: int  # of the first aligned byte
     capacity_bytes: int
+    arena: Arena | None = None  # of which it is a part
 
 
 class _Ticket(weakref.ref[Any]):
@@ -85,20 +88,28 @@ class BufferPool:
         self.peak_bytes = 0
         self._recent_peak_bytes = 0  # fades, so that one large load does not keep its memory for good
         self._free: list[_Block] = []  # oldest first
+        self._window: Arena | None = None  # for what streams; what is free of it counts as free
+        self._window_bytes = 0  # that it should have
         self._out: dict[int, _Ticket] = {}  # by id
         # Callbacks run in any thread at any moment, also inside our own critical sections: they only append here.
         self._returned: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
-    def try_take(self, nbytes: int, *, of_any_block: bool = False) -> ctypes.Array[ctypes.c_char] | None:
+    def try_take(
+        self, nbytes: int, *, from_window: bool = False, of_any_block: bool = False
+    ) -> ctypes.Array[ctypes.c_char] | None:
         """A writable buffer of ``nbytes`` (> 0), 64-byte aligned, or None where the limit leaves no room.
 
         Args:
+            from_window: only a part of the window will do, unless none is wanted or it is a small buffer.
             of_any_block: reuse one that is much larger, too; for what lives shortly, in one size after the other.
         """
         with self._lock:
             self._collect()
-            block = self._reuse(nbytes, of_any_block) or self._allocate(nbytes)
+            if from_window and nbytes >= SMALL_BYTES and self._window_bytes:
+                block = self._of_window(nbytes)
+            else:
+                block = self._reuse(nbytes, of_any_block) or self._allocate(nbytes)
             if block is None:
                 return None
             buffer = (ctypes.c_char * nbytes).from_buffer(block.memory, block.offset_bytes)
@@ -121,7 +132,7 @@ class BufferPool:
             self._collect()
             if not self._make_room(counted_bytes):
                 return None
-            pages = _anonymous(capacity)
+            pages = _address_space(capacity)
             self._count(pages, None, counted_bytes, used_bytes)
             return pages
 
@@ -154,6 +165,13 @@ class BufferPool:
         with self._lock:
             self._collect()
 
+    def set_window(self, nbytes: int) -> None:
+        """Set so much of the limit aside, as soon as that is possible, for what streams; 0: nothing."""
+        with self._lock:
+            self._window_bytes = nbytes - nbytes % PAGE_BYTES
+            if self._window is not None and self._window.nbytes != self._window_bytes:
+                self._disband_window()
+
     def set_limit(self, limit_bytes: int | None) -> None:
         """Change the limit; free blocks are given up first. Live ones leave when their last view dies.
 
@@ -162,6 +180,8 @@ class BufferPool:
         with self._lock:
             self.limit_bytes = limit_bytes
             self._collect()
+            self._window_bytes = 0
+            self._disband_window()
             self._make_room(0)
             self.peak_bytes = self.live_bytes
 
@@ -169,11 +189,13 @@ class BufferPool:
         """Give all free blocks back to the system."""
         with self._lock:
             self._collect()
+            self._disband_window()
             self._drop_free(0)
 
     @property
     def free_bytes(self) -> int:
-        return sum(block.capacity_bytes for block in self._free)
+        free_bytes = sum([block.capacity_bytes for block in self._free])
+        return free_bytes if self._window is None else free_bytes + self._window.free_bytes
 
     def _count(self, owner: object, block: _Block | None, capacity_bytes: int, nbytes: int) -> None:
         ticket = _Ticket(owner, self._returned.append)
@@ -193,8 +215,8 @@ class BufferPool:
                 self.live_bytes, ticket.counted = self.live_bytes - ticket.capacity_bytes, False
                 _notify(-ticket.nbytes)
             block, ticket.block = ticket.block, None
-            if block is not None and block.capacity_bytes >= SMALL_BYTES:
-                self._free.append(block)
+            if block is not None:
+                self._take_back(block)
             self._out.pop(id(ticket), None)
             self._returned.popleft()
         if self.limit_bytes is None:
@@ -202,6 +224,31 @@ class BufferPool:
             self._drop_free(2 * self._recent_peak_bytes)
         else:
             self._drop_free(max(0, self.limit_bytes - self.live_bytes))
+
+    def _take_back(self, block: _Block) -> None:
+        if block.arena is None:
+            if block.capacity_bytes >= SMALL_BYTES:
+                self._free.append(block)
+        elif block.arena is self._window:
+            block.arena.give(block.offset_bytes, block.capacity_bytes)
+        else:  # other parts of it may be in use for long
+            drop_pages(block.memory, block.offset_bytes, block.capacity_bytes)
+
+    def _of_window(self, nbytes: int) -> _Block | None:
+        if self._window is None:
+            self._drop_free(max(0, (self.limit_bytes or 0) - self.live_bytes - self._window_bytes))
+            if self.live_bytes + self.free_bytes + self._window_bytes > (self.limit_bytes or 0):
+                return None
+            self._window = Arena(_anonymous(self._window_bytes), self._window_bytes)
+        capacity = aligned(nbytes, PAGE_BYTES)
+        offset = self._window.take(capacity)
+        return None if offset is None else _Block(self._window.memory, offset, capacity, self._window)
+
+    def _disband_window(self) -> None:
+        """What is in use of it stays so; the rest is no longer set aside."""
+        window, self._window = self._window, None
+        if window is not None:
+            window.drop_free()
 
     def _reuse(self, nbytes: int, of_any_block: bool) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.
@@ -224,19 +271,14 @@ class BufferPool:
         capacity = aligned(nbytes, PAGE_BYTES)
         if not self._make_room(capacity):
             return None
-        pages = _anonymous(capacity)
-        huge_bytes = capacity - capacity % HUGE_PAGE_BYTES
-        if huge_bytes and hasattr(mmap, "MADV_HUGEPAGE"):
-            # Direct reads were up to twice as fast into huge pages. The rest of the block stays in small ones, so that
-            # it does not take more than is counted.
-            with contextlib.suppress(OSError):  # a kernel without them
-                pages.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
-        return _Block(pages, 0, capacity)
+        return _Block(_anonymous(capacity), 0, capacity)
 
     def _make_room(self, nbytes: int) -> bool:
         if self.limit_bytes is None:
             return True
         self._drop_free(max(0, self.limit_bytes - self.live_bytes - nbytes))
+        if self._window is not None and self.live_bytes + self.free_bytes + nbytes > self.limit_bytes:
+            self._disband_window()
         return self.live_bytes + self.free_bytes + nbytes <= self.limit_bytes
 
     def _drop_free(self, keep_bytes: int) -> None:
@@ -244,13 +286,26 @@ class BufferPool:
             del self._free[0]
 
 
-def _anonymous(nbytes: int) -> mmap.mmap:
-    """Fresh memory, private to this process: Python's default would let a forked child write into it.
+def _address_space(nbytes: int) -> mmap.mmap:
+    """Pages that nothing was written to, private to this process: Python's default would share them with a child.
 
-    Large memory begins on a multiple of ``HUGE_PAGE_BYTES``, as Linux has it where the size is a multiple of that (since
+    Large ones begin on a multiple of ``HUGE_PAGE_BYTES``, as Linux has it where the size is a multiple of that (since
     6.7). What is beyond ``nbytes`` is never touched.
     """
     return mmap.mmap(-1, aligned(nbytes, HUGE_PAGE_BYTES) if nbytes >= HUGE_PAGE_BYTES else nbytes, flags=PRIVATE)
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Memory, of huge pages as far as they do not take more than is asked for.
+
+    Direct reads were up to twice as fast into huge pages.
+    """
+    memory = _address_space(nbytes)
+    huge_bytes = nbytes - nbytes % HUGE_PAGE_BYTES
+    if huge_bytes and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
+    return memory
 
 
 class _Reservation:

@@ -11,7 +11,7 @@ from pylomin.io import syscalls
 from pylomin.io.buffers import PAGE_BYTES, aligned
 from pylomin.io.descriptor import Descriptor
 
-_MAX_READ_BYTES = 0x7FFF0000  # 2 GiB - 64 KiB, whole pages of every size: Linux transfers less than 2 GiB per call
+PIECE_BYTES = 4 << 20  # 4 MiB; with larger calls the disk waits while the kernel pins their pages
 _REFUSALS = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -77,7 +77,7 @@ def fill_direct(access: DirectAccess, offset_bytes: int, nbytes: int, buffer: me
     length = direct_bytes(offset_bytes, nbytes)
     position = 0
     while position < before + nbytes:
-        batch = buffer[position : min(length, position + _MAX_READ_BYTES)]
+        batch = buffer[position : min(length, position + PIECE_BYTES)]
         try:
             count = os.preadv(access.descriptor.fd, [batch], offset_bytes - before + position)
         except OSError as error:

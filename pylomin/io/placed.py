@@ -35,14 +35,14 @@ class Placement:
     offsets: tuple[int, ...]  # where in the buffer each extent starts, in the order given; multiples of 64
     memory_bytes: int  # that the buffer takes in the ledger: less than its bytes where parts of it are never used
 
-    def try_take(self, pool: BufferPool) -> Any | None:
+    def try_take(self, pool: BufferPool, *, from_window: bool = False) -> Any | None:
         """The buffer of ``buffer_bytes`` (> 0), or None where the pool's limit leaves no room.
 
         Something that :func:`torch.frombuffer` takes, and whose bytes are in use until the last tensor on it dies.
         """
         if self.mode == "mapped":
             return pool.try_take_pages(self.buffer_bytes, self.memory_bytes)
-        return pool.try_take(self.buffer_bytes)
+        return pool.try_take(self.buffer_bytes, from_window=from_window)
 
 
 def can_map(extents: Sequence[Extent]) -> bool:

@@ -194,15 +194,15 @@ class Room:
         self._decoded: list[ctypes.Array[ctypes.c_char]] = []
         self._conversions: list[Attach] = []
 
-    def try_take(self, pool: BufferPool) -> bool:
+    def try_take(self, pool: BufferPool, *, from_window: bool = False) -> bool:
         """Take the memory; False where the budget leaves none."""
         for part in self.places.from_files:
-            buffer = part.placement.try_take(pool)
+            buffer = part.placement.try_take(pool, from_window=from_window)
             if buffer is None:
                 return False
             self._buffers.append(buffer)
         if self.places.packed_bytes:
-            self._packed = pool.try_take(self.places.packed_bytes)
+            self._packed = pool.try_take(self.places.packed_bytes, from_window=from_window)
             if self._packed is None:
                 return False
         for nbytes in self.places.decoded_bytes:
@@ -317,7 +317,9 @@ def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
     return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
 
 
-def try_reserve(pool: BufferPool, places: Places, *, drop_cache: bool = False) -> Room | None:
+def try_reserve(
+    pool: BufferPool, places: Places, *, from_window: bool = False, drop_cache: bool = False
+) -> Room | None:
     """Room for the pieces, or None where the budget leaves none."""
     room = Room(places, drop_cache=drop_cache)
-    return room if room.try_take(pool) else None
+    return room if room.try_take(pool, from_window=from_window) else None

@@ -65,7 +65,7 @@ class Prefetcher:
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
                 continue
-            room = _reserve_ahead(residency, residency.places_of(missing))
+            room = _reserve_ahead(residency, missing, residency.places_of(missing))
             if room is None:
                 return
             job = _Job(self._jobs, residency, missing, room)
@@ -86,7 +86,7 @@ class Prefetcher:
         places = loading.Places([loading.Piece.of(weight, [run])], residency.reading.mode)
         if residency.reads_inline or places.read_bytes < SMALL_GROUP_BYTES:
             return None
-        room = _reserve_ahead(residency, places)
+        room = _reserve_ahead(residency, [weight], places)
         if room is None:
             return None
         ahead = RunAhead(residency, room)
@@ -138,6 +138,7 @@ class _Job:
             if self in self.under_way:
                 self.under_way.remove(self)
                 self.residency.load_finished(self.weights, self.room, tensors, time.perf_counter() - started)
+                tensors.clear()  # or this frame would keep them in memory
                 self.residency.read_on()
 
     def abandon(self) -> None:
@@ -185,12 +186,12 @@ class RunAhead:
         return tensor
 
 
-def _reserve_ahead(residency: Residency, places: loading.Places) -> loading.Room | None:
+def _reserve_ahead(residency: Residency, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
     room_bytes = residency.room_ahead_bytes()
     if room_bytes is not None and places.peak_bytes > room_bytes:
         return None
     try:
-        return loading.try_reserve(residency.pool, places, drop_cache=residency.reading.drop_cache)
+        return residency.try_reserve_ahead(weights, places)
     except (MemoryError, OSError):  # the system has none left; what runs now must not fail for that
         return None
 

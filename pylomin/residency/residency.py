@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from pylomin.errors import BudgetError, ScratchError, without_frames
-from pylomin.io.buffers import BufferPool, aligned, block_bytes
+from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.hold import Hold, UnpackingHold
@@ -295,6 +295,7 @@ class Residency:
                 tensor = weight.tensor
                 if tensor is not None and tensor._version != weight.loaded_version:
                     first_error = self._keep_writes(weight, tensor) or first_error
+            tensor = None  # or its memory would not be free yet for what is read next
             if hold.claimed:
                 self.load_failed(hold.claimed)
                 hold.claimed = []
@@ -469,6 +470,15 @@ class Residency:
                 loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
                 if not self._is_held(loaded):
                     self._drop(loaded)
+        self.pool.set_window(self._window_bytes())
+
+    def _window_bytes(self) -> int:
+        """The part of the budget that what streams is read into; none for mapped pages, or where nothing streams."""
+        schedule, budget = self.retention.schedule, self.memory_budget
+        if budget is None or schedule is None or not self.retention.streams or self.reading.mode == "mapped":
+            return 0
+        spare_bytes = PAGE_BYTES * len(self.retention.order)  # blocks of residents are rounded up to pages
+        return max(0, schedule.window_bytes - spare_bytes)
 
     def _most_unpacked_bytes(self, order: Iterable[Key]) -> int:
         """What the weights of one group, at most, are decoded into."""
@@ -662,7 +672,9 @@ class Residency:
     ) -> loading.Room | None:
         """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
         while True:
-            room = loading.try_reserve(self.pool, places, drop_cache=self.reading.drop_cache)
+            room = self.reserve_in_window(weights, places) or loading.try_reserve(
+                self.pool, places, drop_cache=self.reading.drop_cache
+            )
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
@@ -681,6 +693,25 @@ class Residency:
                 raise self._over_budget(weights, exact)
         self._waiting[thread_id] = needed
         return None
+
+    def reserve_in_window(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+        """Memory of the window for what streams now, in the place of what was read ahead in vain; None if it stays."""
+        if not self.retention.streams or weights[0].parts or self._stays(weights):
+            return None
+        while True:
+            room = self.try_reserve_ahead(weights, places)
+            idle = [loaded for loaded in self._ahead if not self._is_held(loaded)] if room is None else []
+            if not idle:
+                return room
+            self._drop(self.retention.victim(idle))
+
+    def try_reserve_ahead(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+        """Memory for what is read ahead: of the window, if it streams; None where there is none now."""
+        from_window = self.retention.streams and not self._stays(weights)
+        return loading.try_reserve(self.pool, places, from_window=from_window, drop_cache=self.reading.drop_cache)
+
+    def _stays(self, weights: Sequence[Weight]) -> bool:
+        return self.retention.stays(tuple([weight.index for weight in weights]))
 
     def _waits(self, thread_id: int) -> bool:
         needed = self._waiting.get(thread_id)
