@@ -84,7 +84,7 @@ class Prefetcher:
         Under the residency's lock.
         """
         places = loading.Places([loading.Piece.of(weight, [run])], residency.reading.mode)
-        if residency.reads_inline or places.stored_bytes < SMALL_GROUP_BYTES:
+        if residency.reads_inline or places.read_bytes < SMALL_GROUP_BYTES:
             return None
         room = _reserve_ahead(residency, [weight], places)
         if room is None:
