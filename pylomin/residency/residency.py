@@ -104,6 +104,7 @@ class Residency:
         self._uses = 0
         self._settled = False  # all that is used stays: nothing to predict, and nothing to read
         self._kept_bytes = 0
+        self.tiles_bytes = 0  # that the tiles of one weight take at one time, at most, by the plan
         self._largest_bytes = 0  # of anything loaded together so far
         self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
         self._unpacked_bytes = 0  # that is decoded now
@@ -463,8 +464,12 @@ class Residency:
         self._settled = self.retention.schedule is not None and not self.retention.streams and self._recording is None
         if self.retention.schedule is None:
             return
+        planned = {index for key in order for index in key}
+        self.tiles_bytes = 0
         for weight in list(self._weights.values()):
             weight.tiled = weight.tiled and not self.retention.stays((weight.index,))
+            if weight.tiled and weight.index in planned:
+                self.tiles_bytes = max(self.tiles_bytes, self._tiles_bytes(weight))
         for loaded in list(self._in_memory):
             if loaded.kept and self.retention.streams and not self.retention.stays(loaded.members):
                 loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
