@@ -103,6 +103,17 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *MODE,
         ("largest difference", DIFFERENCE),
     ],
+    "quantized_decode": [
+        ("limit", mebibytes("limit_bytes")),
+        ("time of a token", PASS_S),
+        ("tokens/s", per_second),
+        ("share of resident speed", SHARE),
+        *AGAINST_BOUND,
+        *MEMORY,
+        *BUDGET,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
     "module_overhead": [
         ("µs per call", median("us_per_call", "{:.1f}")),
         ("added µs per call", median("added_us_per_call", "{:.1f}", spread=True)),
@@ -182,6 +193,12 @@ def caption(name: str, result: Mapping[str, Any]) -> str:
             f"At the same limit, pylomin is {ratio['median']:.2f} times ({ratio['smallest']:.2f}–"
             f"{ratio['largest']:.2f}) as fast as {peer}."
         )
+    for pair, ratio in result.get("speed_ratios", {}).items():
+        spread = f"{ratio['smallest']:.2f}–{ratio['largest']:.2f}"
+        lines.append(f"Speed, {pair}: {ratio['median']:.2f} ({spread}).")
+    if "never_slower_than_float32" in result:
+        slower = "never slower" if result["never_slower_than_float32"] else "**slower**"
+        lines.append(f"Quantised weights are {slower} than float32 ones at any budget by more than the rounds differ.")
     if "never_falls" in result:
         falls = "never falls" if result["never_falls"] else "**falls**"
         lines.append(f"From one budget to the next larger one, speed {falls} by more than the rounds differ.")

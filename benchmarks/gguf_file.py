@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -24,12 +25,17 @@ LAYER_NAMES = {
 OTHER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def gguf_file(config: LlamaConfig, checkpoint: Path, path: Path) -> Path:
-    """Write the F32 weights in ``checkpoint`` as GGUF, one at a time, unless a newer file is there."""
+def gguf_file(config: LlamaConfig, checkpoint: Path, path: Path, *, is_quantized: bool = False) -> Path:
+    """Write the F32 weights in ``checkpoint`` as GGUF, one at a time, unless a newer file is there.
+
+    Args:
+        is_quantized: matrices as Q8_0, where their rows are whole blocks.
+    """
     if path.exists() and path.stat().st_mtime > checkpoint.stat().st_mtime:
         return path
     import gguf
 
+    Q8_0 = gguf.GGMLQuantizationType.Q8_0
     print(f"Writing {path}", flush=True)
     scratch = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(scratch, "llama")
@@ -50,7 +56,12 @@ def gguf_file(config: LlamaConfig, checkpoint: Path, path: Path) -> Path:
         for name in names:
             shape = file.get_slice(name).get_shape()
             size_bytes = 4 * torch.Size(shape).numel()
-            writer.add_tensor_info(gguf_name(name), shape, numpy.dtype("float32"), size_bytes)
+            if is_quantized and _has_blocks(shape):
+                shape = gguf.quant_shape_to_byte_shape(shape, Q8_0)
+                size_bytes = torch.Size(shape).numel()
+                writer.add_tensor_info(gguf_name(name), shape, numpy.dtype("uint8"), size_bytes, Q8_0)
+            else:
+                writer.add_tensor_info(gguf_name(name), shape, numpy.dtype("float32"), size_bytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -60,10 +71,17 @@ def gguf_file(config: LlamaConfig, checkpoint: Path, path: Path) -> Path:
                 weight = interleaved(weight, config.num_attention_heads)
             elif name.endswith("k_proj.weight"):
                 weight = interleaved(weight, config.num_key_value_heads)
-            writer.write_tensor_data(weight.numpy())
+            values = weight.numpy()
+            writer.write_tensor_data(
+                gguf.quantize(values, Q8_0) if is_quantized and _has_blocks(values.shape) else values
+            )
     writer.close()
     scratch.replace(path)
     return path
+
+
+def _has_blocks(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and shape[-1] % 32 == 0
 
 
 def gguf_name(name: str) -> str:

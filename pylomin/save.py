@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,20 +24,12 @@ from pylomin.store.packed_format import QUANTIZED_KEY
 from pylomin.store.pieces import read_pieces, slices_of
 from pylomin.store.progress import Progress
 from pylomin.store.quantized import QuantizedStore
+from pylomin.residency.plan import Plan
 from pylomin.store.quantizing import QuantizingEncoder, write_quantized
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.saving import Cast, SaveOptions, save_weights
 from pylomin.store.sharded import ShardedStore
 from pylomin.store.writer import WeightToWrite
-
-
-class HasOrder(Protocol):
-    """A plan, for one."""
-
-    @property
-    def order(self) -> Iterable[str]:
-        """Names of weights in the order of their use."""
-        ...
 
 
 def save_store(
@@ -52,7 +43,7 @@ def save_store(
     max_error: float | None = None,
     filter: Callable[[str], bool] | None = None,
     max_shard_size: int | str | None = None,
-    order: Iterable[str] | HasOrder | None = None,
+    order: Iterable[str] | Plan | None = None,
     digests: bool = True,
     progress: Progress = None,
     overwrite: bool = False,
@@ -79,8 +70,8 @@ def save_store(
         max_shard_size: most bytes in a file (int, or a string such as ``"5GB"``). Where there are more, write
             ``<name>-00001-of-0000N.safetensors`` and ``<name>.safetensors.index.json``, in the layout of Hugging Face.
             A weight that is larger has a file of its own.
-        order: names in the order in which weights are used, or an object that has them as ``order``: they come first
-            and lie next to each other, so that one read gets what is used together. Default: the order of ``source``.
+        order: names in the order in which weights are used, or a plan (:func:`pylomin.plan_of`): they come first and
+            lie next to each other, so that one read gets what is used together. Default: the order of ``source``.
         digests: True to keep a SHA-256 of each weight in the header, for :func:`pylomin.verify`.
         progress: True for a progress bar (needs rich), False for none, or a function that is called with bytes
             written and bytes in all. Default: a bar if rich is installed and stderr is a terminal.
@@ -130,7 +121,7 @@ def save_model(
     max_error: float | None = None,
     filter: Callable[[str], bool] | None = None,
     max_shard_size: int | str | None = None,
-    order: Iterable[str] | HasOrder | None = None,
+    order: Iterable[str] | Plan | None = None,
     digests: bool = True,
     progress: Progress = None,
     overwrite: bool = False,
@@ -209,20 +200,22 @@ def _save(
 def _options(
     dtype: torch.dtype | None,
     max_shard_size: int | str | None,
-    order: Iterable[str] | HasOrder | None,
+    order: Iterable[str] | Plan | None,
     digests: bool,
     progress: Progress,
     overwrite: bool,
 ) -> SaveOptions:
     if dtype is not None and not (dtype.is_floating_point and dtype in STORED_DTYPES):
         raise PassError(f"dtype is {dtype}; expected a floating-point dtype such as torch.bfloat16.")
-    names = () if order is None else getattr(order, "order", order)
+    names: object = () if order is None else order
+    if isinstance(order, Plan):
+        names = [name for use in order.uses() for name in use]
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise PassError(f"order is {names!r}; expected a list of names of weights, in the order of their use.")
     return SaveOptions(
         encoder=None if dtype is None else Cast(dtype),
         max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size, what="max_shard_size"),
-        order=tuple(names),
+        order=tuple(dict.fromkeys(names)),
         digests=digests,
         progress=progress,
         overwrite=overwrite,

@@ -8,7 +8,6 @@ import os
 import threading
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from torch import nn
 import pylomin
 from pylomin.store import pieces
 from pylomin.store.dtypes import STORED_DTYPES
+from pylomin.residency.plan import PlannedGroup, weight_identity
 from pylomin.store.open import open_store
 
 TENSORS = {
@@ -122,7 +122,11 @@ class TestSaveStore:
     @pytest.mark.parametrize("as_plan", [False, True])
     def test_order(self, as_plan: bool, tmp_path: Path) -> None:
         names = ["c.weight", "a.bias", "c.weight"]
-        order: Any = SimpleNamespace(order=names) if as_plan else iter(names)
+        order: Any = iter(names)
+        if as_plan:
+            groups = (PlannedGroup(("c.weight",), 8, True), PlannedGroup(("a.bias",), 8, True))
+            weights = dict.fromkeys(TENSORS, weight_identity("float32", ()))
+            order = pylomin.Plan(weights, groups, (0, 1, 0), 16, 0)
         path = pylomin.save_store(TENSORS, tmp_path, order=order)
         rest = [name for name in TENSORS if name not in names]
         assert list(open_store(path)) == ["c.weight", "a.bias", *rest]

@@ -95,17 +95,21 @@ class BufferPool:
         self._returned: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
-    def try_take(self, nbytes: int, *, from_window: bool = False) -> ctypes.Array[ctypes.c_char] | None:
+    def try_take(
+        self, nbytes: int, *, from_window: bool = False, of_any_block: bool = False
+    ) -> ctypes.Array[ctypes.c_char] | None:
         """A writable buffer of ``nbytes`` (> 0), 64-byte aligned, or None where the limit leaves no room.
 
-        With ``from_window`` only a part of the window will do, unless none is wanted or it is a small buffer.
+        Args:
+            from_window: only a part of the window will do, unless none is wanted or it is a small buffer.
+            of_any_block: reuse one that is much larger, too; for what lives shortly, in one size after the other.
         """
         with self._lock:
             self._collect()
             if from_window and nbytes >= SMALL_BYTES and self._window_bytes:
                 block = self._of_window(nbytes)
             else:
-                block = self._reuse(nbytes) or self._allocate(nbytes)
+                block = self._reuse(nbytes, of_any_block) or self._allocate(nbytes)
             if block is None:
                 return None
             buffer = (ctypes.c_char * nbytes).from_buffer(block.memory, block.offset_bytes)
@@ -246,10 +250,12 @@ class BufferPool:
         if window is not None:
             window.drop_free()
 
-    def _reuse(self, nbytes: int) -> _Block | None:
+    def _reuse(self, nbytes: int, of_any_block: bool) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.
         slack = nbytes if self.limit_bytes is None else max(SMALL_BYTES, nbytes // 8)
-        fitting = [b for b in self._free if nbytes <= b.capacity_bytes <= nbytes + slack]
+        fitting = [
+            b for b in self._free if nbytes <= b.capacity_bytes and (of_any_block or b.capacity_bytes <= nbytes + slack)
+        ]
         if not fitting:
             return None
         block = min(fitting, key=lambda b: b.capacity_bytes)

@@ -13,6 +13,7 @@ from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
 from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
+from pylomin.lazy.fused import fused_linear
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.weight import Weight
@@ -79,12 +80,18 @@ def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
+    may_fuse = cls.forward is nn.Linear.forward
+
     @not_compiled
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         group = whole_weights(self)
         if not group:
             return cls.forward(self, *args, **kwargs)
+        if may_fuse and group[0].parts and not is_tracing():
+            fused = fused_linear(self, group, args, kwargs)
+            if fused is not None:
+                return fused
         weights = group
         for weight in group:
             if weight.tiled and not is_tracing():

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from pylomin.errors import BudgetError, PassError
-from pylomin.io.buffers import PAGE_BYTES, SMALL_BYTES, aligned
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.residency import Residency
-from pylomin.residency.tiling import lines_of, lines_per_tile
-from pylomin.residency.weight import Layout, Source, Weight, dense_layout
+from pylomin.residency.tiling import PACKED_TIMES, fits, lines_of, lines_per_tile
+from pylomin.residency.weight import Layout, Source, Weight, dense_layout, steps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,8 @@ def offload(
     ]
     owned = []
     for tie, weight in zip(ties, weights, strict=True):
-        weight.tileable = is_tileable(tie)
+        if is_tileable(tie):
+            weight.allow_tiles()
         owned += [Owned.of(slot.module, weight) for slot in tie.slots]
     budget = residency.memory_budget if memory_budget is None else memory_budget
     largest_bytes = check_budget(offloaded_footprints(model) + footprints(owned), budget)
@@ -190,11 +191,15 @@ class Owned(NamedTuple):
     conversions: tuple[Layout, ...]
     tileable: bool
     tile_rows: int | None
+    packed_bytes: int | None = None  # of a quantised one; its conversions begin with what it is decoded into
 
     @staticmethod
     def of(module: nn.Module, weight: Weight) -> Owned:
         tileable = weight.tileable and weight.keeps_order
-        return Owned(module, weight.name, weight.source.layout, weight.conversions, tileable, weight.tile_rows)
+        source, conversions, packed_bytes = weight.source, weight.conversions, None
+        if weight.parts:
+            conversions, packed_bytes = steps_of(source, conversions), weight.packed_bytes
+        return Owned(module, weight.name, source.layout, conversions, tileable, weight.tile_rows, packed_bytes)
 
 
 class Footprint(NamedTuple):
@@ -205,6 +210,7 @@ class Footprint(NamedTuple):
     converted_bytes: int
     lines: int = 1
     tile_rows: int | None = None
+    is_packed: bool = False  # stored_bytes are those of its parts
 
     def times(self, lines: int) -> Footprint:
         return self._replace(stored_bytes=lines * self.stored_bytes, converted_bytes=lines * self.converted_bytes)
@@ -212,8 +218,14 @@ class Footprint(NamedTuple):
     def tile(self, memory_budget: int | None) -> Footprint | None:
         """What is in memory at one time; None where that is the whole weight."""
         line_bytes = self.stored_bytes + self.converted_bytes
-        lines = lines_per_tile(self.lines, line_bytes, self.tile_rows, memory_budget)
+        times = PACKED_TIMES if self.is_packed else 2
+        lines = lines_per_tile(self.lines, line_bytes, self.tile_rows, memory_budget, times=times)
         return None if lines is None else self.times(lines)
+
+    def beside_tiles(self, memory_budget: int | None) -> Footprint | None:
+        """What of it is in memory while it is used by tiles: the packed bytes, if they are few."""
+        whole = self.times(self.lines)._replace(converted_bytes=0)
+        return whole if self.is_packed and fits(whole.stored_bytes, memory_budget, PACKED_TIMES) else None
 
 
 def is_tileable(tie: Tie) -> bool:
@@ -232,7 +244,7 @@ def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
     large.
     """
     groups: dict[nn.Module, dict[str, Footprint]] = {}
-    for module, name, stored, conversions, tileable, tile_rows in owned:
+    for module, name, stored, conversions, tileable, tile_rows, packed_bytes in owned:
         rows = max(1, stored.shape[0]) if loads_rows(module, len(stored.shape)) else 1
         lines = 1
         if rows == 1 and tileable:
@@ -240,9 +252,10 @@ def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
         elif len(stored.shape) == 3 and rows > 1:  # an expert, which is a matrix
             lines = max(1, stored.shape[1])
         parts = rows * lines
-        footprint = Footprint(
-            name, stored.nbytes // parts, sum(step.nbytes for step in conversions) // parts, lines, tile_rows
-        )
+        is_packed = packed_bytes is not None
+        stored_bytes = stored.nbytes // parts if packed_bytes is None else -(-packed_bytes // parts)
+        converted_bytes = sum(step.nbytes for step in conversions) // parts
+        footprint = Footprint(name, stored_bytes, converted_bytes, lines, tile_rows, is_packed)
         groups.setdefault(module, {})[name] = footprint
     return [list(group.values()) for group in groups.values()]
 
@@ -264,16 +277,24 @@ def planned_footprints(ties: Iterable[Tie], device: torch.device | None) -> list
 
 def load_bytes(group: Sequence[Footprint]) -> int:
     """Most memory that loading ``group`` takes at one time, as the ledger counts it."""
-    buffer_bytes = sum(aligned(weight.stored_bytes) for weight in group)
+    # Codes and scales are aligned each.
+    buffer_bytes = sum(aligned(weight.stored_bytes) + weight.is_packed * ALIGNMENT_BYTES for weight in group)
     if buffer_bytes >= SMALL_BYTES:
         buffer_bytes = aligned(buffer_bytes, PAGE_BYTES)
-    return buffer_bytes + sum(weight.converted_bytes for weight in group)
+    return buffer_bytes + sum(
+        block_bytes(weight.converted_bytes) if weight.is_packed else weight.converted_bytes for weight in group
+    )
 
 
 def use_bytes(group: Sequence[Footprint], memory_budget: int | None) -> int:
     """Most memory that a use of ``group`` takes: what is held, and two tiles of what is not."""
     tiles = [tile for weight in group if (tile := weight.tile(memory_budget)) is not None]
     held = [weight.times(weight.lines) for weight in group if weight.tile(memory_budget) is None]
+    held += [
+        packed
+        for weight in group
+        if weight.tile(memory_budget) is not None and (packed := weight.beside_tiles(memory_budget)) is not None
+    ]
     return load_bytes(held) + 2 * max((load_bytes([tile]) for tile in tiles), default=0)
 
 
@@ -284,6 +305,9 @@ def smallest_budget(group: Sequence[Footprint]) -> int:
     whole_bytes = max([whole_bytes, *(2 * nbytes for nbytes in tileable)])  # what does not fit twice is tiled
     held_bytes = load_bytes([weight for weight in group if weight.lines == 1])
     line_bytes = max((load_bytes([weight]) for weight in group if weight.lines > 1), default=whole_bytes)
+    if any(weight.is_packed and weight.lines > 1 for weight in group):
+        # Packed bytes, of at most an eighth of the budget for the codes and another for the scales, are beside tiles.
+        return max(4 * held_bytes, -(-4 * (held_bytes + 2 * line_bytes) // 3))
     # Two tiles take half of the budget, or two lines where a line is larger than a tile.
     tiled_bytes = max(held_bytes + 2 * line_bytes, 2 * held_bytes)
     is_tiled = any(weight.tile_rows is not None and weight.tile_rows < weight.lines for weight in group)

@@ -45,10 +45,13 @@ def rows_at(table: OffloadedTensor, indices: torch.Tensor, *, batch_rows: int | 
 
 
 def has_packed_rows(table: OffloadedTensor) -> bool:
-    """Each row is one run of elements in the store, and not in memory now; nor should all of them be."""
+    """Each row is one run of elements in the store, and not in memory now; nor should all of them be.
+
+    Of a quantised table that never should, but its packed bytes.
+    """
     if table.dim() == 0 or table.numel() == 0 or table.weight.tensor is not None or not table.weight.keeps_order:
         return False
-    if table.chunk_rows is None and table.weight.residency.keeps_all:
+    if table.chunk_rows is None and table.weight.residency.keeps_all and not table.weight.parts:
         return False
     return table.is_contiguous()
 

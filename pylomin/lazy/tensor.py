@@ -256,7 +256,10 @@ def private_values(weight: Weight) -> torch.Tensor:
     """All values, in a tensor that nobody else sees. It need not fit in the budget, which is for what is loaded."""
     numel, count = weight.layout.numel, None
     if weight.tensor is None and weight.keeps_order and numel:
-        count = lines_per_tile(numel, weight.element_bytes, None, weight.residency.memory_budget)
+        # Quantised weights are decoded by rows.
+        step = 1 if weight.source.packing is None else weight.source.packing.matrix_shape[1]
+        count = lines_per_tile(numel // step, step * weight.element_bytes, None, weight.residency.memory_budget)
+        count = None if count is None else count * step
     if count is None:
         return weight.residency.load_private(weight)
     runs = [(first, min(first + count, numel)) for first in range(0, numel, count)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
-from pylomin.residency.tiling import lines_of, lines_per_tile
+from pylomin.residency.tiling import lines_of, lines_per_tile, times_to_fit
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -84,7 +84,8 @@ def lines_of_tile(matrix: OffloadedTensor) -> int | None:
     wanted = None
     if weight.tile_rows is not None:
         wanted = max(1, weight.tile_rows * lines_of(weight.layout)[1] // step)
-    return lines_per_tile(matrix.shape[dim], step * weight.element_bytes, wanted, weight.residency.memory_budget)
+    budget, times = weight.residency.memory_budget, times_to_fit(weight)
+    return lines_per_tile(matrix.shape[dim], step * weight.element_bytes, wanted, budget, times=times)
 
 
 def _line_numel(matrix: torch.Tensor) -> int:

@@ -67,8 +67,7 @@ def chunked_linear(
     for module in targets:
         parameter = weight_of(module)
         assert isinstance(parameter, OffloadedTensor)
-        parameter.weight.tileable = True
-        parameter.weight.tile_rows = rows_of(module)
+        parameter.weight.allow_tiles(rows_of(module))
     for residency in residencies_of(model):
         residency.set_budget(residency.memory_budget)
     return model

@@ -23,6 +23,7 @@ from pylomin.residency.limits import format_bytes, parse_bytes
 from pylomin.residency.memory_limits import memory_limits
 from pylomin.residency.residency import Residency
 from pylomin.residency.trace import Key
+from pylomin.residency.weight import used_from
 from pylomin.store.base import WeightStore
 
 CHUNK_BYTES = 4 << 20  # 4 MiB; rows of a table that are looked up at one time, where the budget is large
@@ -131,7 +132,7 @@ def _order_of_definition(model: nn.Module, residency: Residency) -> list[Key]:
     for module in model.modules():
         group = whole_weights(module) if isinstance(module, LazyModule) else []
         if group and group[0].residency is residency:
-            order.append(tuple(weight.index for weight in group))
+            order.append(tuple(weight.index for weight in used_from(group)))
     return order
 
 

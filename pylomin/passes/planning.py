@@ -15,7 +15,7 @@ from pylomin.residency.recording import UNKNOWN_COSTS
 from pylomin.residency.residency import Residency
 from pylomin.residency.simulation import Group, simulate
 from pylomin.residency.trace import Key
-from pylomin.residency.weight import Weight
+from pylomin.residency.weight import Weight, used_from
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -91,7 +91,8 @@ def _residency(model: nn.Module) -> Residency:
 
 
 def _weights(model: nn.Module) -> dict[str, Weight]:
-    return {parameter.weight.name: parameter.weight for _, parameter in offloaded_slots(model)}
+    used = used_from([parameter.weight for _, parameter in offloaded_slots(model)])
+    return {weight.name: weight for weight in used}
 
 
 def _identities(model: nn.Module) -> dict[str, str]:

@@ -51,3 +51,31 @@ class Hold:
         # Interrupted on the way out; or on the way in, perhaps before it was made.
         if getattr(self, "pinned", None) or getattr(self, "unsettled", None):
             self.residency.release(self)
+
+
+class UnpackingHold:
+    """Keeps quantised weights decoded, and what they are decoded from in memory.
+
+    Args:
+        kept: of the parts, and of weights that are not quantised; as a plan says, they stay afterwards.
+        unpacked: of the decoded weights, which leave.
+    """
+
+    __slots__ = ("_kept", "_unpacked")
+
+    def __init__(self, kept: Hold, unpacked: Hold) -> None:
+        self._kept, self._unpacked = kept, unpacked
+
+    def __enter__(self) -> None:
+        self._kept.__enter__()
+        try:
+            self._unpacked.__enter__()
+        except BaseException:
+            self._kept.__exit__()
+            raise
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self._unpacked.__exit__()
+        finally:
+            self._kept.__exit__()

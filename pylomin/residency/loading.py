@@ -15,7 +15,8 @@ from pylomin.io.buffers import BufferPool, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
-from pylomin.residency.weight import Layout, Source, Weight
+from pylomin.residency.unpacking import Unpacking
+from pylomin.residency.weight import Layout, Source, Weight, steps_of
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import StoredWeight, read_placed
 
@@ -35,14 +36,24 @@ class Piece:
     source: Source
     conversions: tuple[Layout, ...]
     runs: tuple[tuple[int, int], ...] | None = None  # (first, last exclusive), counted as elements lie in memory
+    unpacking: Unpacking | None = None  # if it is decoded here, and not by its store
 
     @staticmethod
     def of(weight: Weight, runs: Iterable[tuple[int, int]] | None = None) -> Piece:
-        return Piece(weight.source, weight.conversions, None if runs is None else tuple(runs))
+        chosen = None if runs is None else tuple(runs)
+        return Piece(weight.source, weight.conversions, chosen, Unpacking.of(weight, chosen) if weight.parts else None)
+
+    def to_read(self) -> list[Piece]:
+        """Itself, or those of its parts that are not in memory."""
+        if self.unpacking is None:
+            return [self]
+        return [Piece(source, (), runs) for source, runs in self.unpacking.missing]
 
     def layouts(self) -> list[Layout]:
-        """The stored tensor's, then one for each conversion."""
+        """The stored tensor's (of one that is decoded here, the decoded one's), then one for each conversion."""
         steps = [self.source.layout, *self.conversions]
+        if self.unpacking is not None:
+            steps = [*steps_of(self.source, self.conversions)]
         if self.runs is None:
             return steps
         shape = (sum(stop - start for start, stop in self.runs),)
@@ -103,6 +114,7 @@ class Places:
 
     __slots__ = (
         "converted_bytes",
+        "decoded_bytes",
         "from_files",
         "layouts",
         "mode",
@@ -110,19 +122,23 @@ class Places:
         "packed_bytes",
         "peak_bytes",
         "pieces",
+        "read_bytes",
         "resident_bytes",
-        "stored_bytes",
+        "to_read",
     )
 
     def __init__(self, pieces: Sequence[Piece], mode: Mode) -> None:
         self.mode = mode
         self.pieces = tuple(pieces)
         self.layouts = [piece.layouts() for piece in pieces]
+        self.to_read = [read for piece in pieces for read in piece.to_read()]
+        self.read_bytes = 0
         self.packed: list[tuple[int, int]] = []  # (piece, offset) of those that a store reads itself
         self.packed_bytes = 0
         by_file: dict[WeightFile, list[tuple[int, Extent]]] = {}
-        for i, piece in enumerate(pieces):
-            nbytes = self.layouts[i][0].nbytes
+        for i, piece in enumerate(self.to_read):
+            nbytes = piece.layouts()[0].nbytes
+            self.read_bytes += nbytes
             if piece.source.memory is not None or nbytes == 0:
                 continue
             if (stored := piece.stored) is not None:
@@ -130,15 +146,23 @@ class Places:
             else:
                 self.packed.append((i, self.packed_bytes))
                 self.packed_bytes += aligned(nbytes)
-        self.from_files = [_from_file(file, placed, pieces, mode) for file, placed in by_file.items()]
+        self.from_files = [_from_file(file, placed, self.to_read, mode) for file, placed in by_file.items()]
+        # What pieces are decoded into, each into memory of its own.
+        self.decoded_bytes = [
+            layouts[0].nbytes
+            for piece, layouts in zip(pieces, self.layouts, strict=True)
+            if piece.unpacking is not None and layouts[0].nbytes
+        ]
         self.converted_bytes = [layout.nbytes for layouts in self.layouts for layout in layouts[1:]]
-        self.stored_bytes = sum(layouts[0].nbytes for layouts in self.layouts)
         buffer_bytes = block_bytes(self.packed_bytes) + sum(part.placement.memory_bytes for part in self.from_files)
+        decoded_bytes = sum(map(block_bytes, self.decoded_bytes))
         # Memory that loading takes at one time, as the pool counts it; and what of that stays: the last conversion of
-        # each piece, or what it was read into.
-        self.peak_bytes = self.resident_bytes = buffer_bytes + sum(self.converted_bytes)
+        # each piece, or what it was read or decoded into.
+        self.peak_bytes = self.resident_bytes = buffer_bytes + decoded_bytes + sum(self.converted_bytes)
         if all(len(layouts) > 1 for layouts in self.layouts):
             self.resident_bytes = sum(layouts[-1].nbytes for layouts in self.layouts)
+        elif all(piece.unpacking is not None for piece in pieces):
+            self.resident_bytes = decoded_bytes + sum(self.converted_bytes)
 
     def of_weights(self, weights: Sequence[Weight]) -> bool:
         """Whether these are the places of ``weights`` as they are stored now."""
@@ -160,13 +184,14 @@ def _from_file(
 class Room:
     """Memory for a list of pieces, and what brings them there. What is not used goes back when this object dies."""
 
-    __slots__ = ("_buffers", "_conversions", "_drop_cache", "_packed", "places")
+    __slots__ = ("_buffers", "_conversions", "_decoded", "_drop_cache", "_packed", "places")
 
     def __init__(self, places: Places, *, drop_cache: bool = False) -> None:
         self.places = places
         self._drop_cache = drop_cache
         self._buffers: list[Any] = []  # for each file
         self._packed: ctypes.Array[ctypes.c_char] | None = None
+        self._decoded: list[ctypes.Array[ctypes.c_char]] = []
         self._conversions: list[Attach] = []
 
     def try_take(self, pool: BufferPool, *, from_window: bool = False) -> bool:
@@ -180,6 +205,11 @@ class Room:
             self._packed = pool.try_take(self.places.packed_bytes, from_window=from_window)
             if self._packed is None:
                 return False
+        for nbytes in self.places.decoded_bytes:
+            decoded = pool.try_take(nbytes, of_any_block=True)
+            if decoded is None:
+                return False
+            self._decoded.append(decoded)
         for nbytes in self.places.converted_bytes:
             attach = pool.try_adopt(nbytes)
             if attach is None:
@@ -199,6 +229,8 @@ class Room:
     def _load(self) -> list[torch.Tensor]:
         try:
             tensors = self._read()
+            if self._decoded:
+                tensors = self._decode(tensors)
             if self._conversions:
                 self._convert(tensors)
         except BaseException as error:
@@ -211,11 +243,12 @@ class Room:
         """Give the memory back as far as no tensor views it."""
         self._packed = None
         self._buffers.clear()
+        self._decoded.clear()
         self._conversions.clear()
 
     def _read(self) -> list[torch.Tensor]:
         places = self.places
-        placed: list[tuple[Any, int] | None] = [None] * len(places.pieces)  # buffer, offset
+        placed: list[tuple[Any, int] | None] = [None] * len(places.to_read)  # buffer, offset
         for part, buffer in zip(places.from_files, self._buffers, strict=True):
             read_placed(part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache)
             for i, offset in zip(part.pieces, part.placement.offsets, strict=True):
@@ -224,14 +257,27 @@ class Room:
             self._read_packed(self._packed, placed)
         # Tensors that are born in inference mode cannot be saved for backward later.
         with torch.inference_mode(False):
-            return [self._tensor(i, where) for i, where in enumerate(placed)]
+            return [_tensor(piece, where) for piece, where in zip(places.to_read, placed, strict=True)]
+
+    def _decode(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What was read, with the pieces that are decoded from it in the place of their parts."""
+        rest, buffers, tensors = iter(read), iter(self._decoded), []
+        with torch.inference_mode(False), torch.no_grad():
+            for piece in self.places.pieces:
+                if piece.unpacking is None:
+                    tensors.append(next(rest))
+                    continue
+                values = _tensor(piece, (next(buffers), 0))
+                piece.unpacking.decode(piece.source, rest, values)
+                tensors.append(values)
+        return tensors
 
     def _read_packed(self, buffer: ctypes.Array[ctypes.c_char], placed: list[tuple[Any, int] | None]) -> None:
         view = memoryview(buffer).cast("B")
         requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
         for i, offset in self.places.packed:
-            piece = self.places.pieces[i]
-            destination = view[offset : offset + self.places.layouts[i][0].nbytes]
+            piece = self.places.to_read[i]
+            destination = view[offset : offset + piece.layouts()[0].nbytes]
             store = piece.source.store
             placed[i] = (buffer, offset)
             if not self._copy_cached(piece, destination):
@@ -249,16 +295,6 @@ class Room:
         except StoreReadError as error:
             raise type(error)(f"could not read weight {piece.source.name!r}: {error}") from error
 
-    def _tensor(self, i: int, where: tuple[Any, int] | None) -> torch.Tensor:
-        piece, layout = self.places.pieces[i], self.places.layouts[i][0]
-        if piece.source.memory is not None:
-            return piece.stored_tensor(piece.source.memory)
-        if where is None:
-            return layout.empty()
-        buffer, offset = where
-        flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
-        return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
-
     def _convert(self, tensors: list[torch.Tensor]) -> None:
         attach = iter(self._conversions)
         with torch.inference_mode(False), torch.no_grad():
@@ -267,6 +303,18 @@ class Room:
                     converted = layout.empty().copy_(tensors[i])
                     next(attach)(converted)
                     tensors[i] = converted
+
+
+def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
+    """What was read, or is decoded, there: (buffer, offset)."""
+    if piece.source.memory is not None:
+        return piece.stored_tensor(piece.source.memory)
+    layout = piece.layouts()[0]
+    if where is None:
+        return layout.empty()
+    buffer, offset = where
+    flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
+    return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
 
 
 def try_reserve(

@@ -65,7 +65,7 @@ class Prefetcher:
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
                 continue
-            room = _reserve_ahead(residency, missing, residency.places_of(missing))
+            room = _reserve_ahead(residency, missing, residency.places_of(missing), residency.tiles_bytes)
             if room is None:
                 return
             job = _Job(self._jobs, residency, missing, room)
@@ -84,9 +84,9 @@ class Prefetcher:
         Under the residency's lock.
         """
         places = loading.Places([loading.Piece.of(weight, [run])], residency.reading.mode)
-        if residency.reads_inline or places.stored_bytes < SMALL_GROUP_BYTES:
+        if residency.reads_inline or places.read_bytes < SMALL_GROUP_BYTES:
             return None
-        room = _reserve_ahead(residency, [weight], places)
+        room = _reserve_ahead(residency, [weight], places, 0)
         if room is None:
             return None
         ahead = RunAhead(residency, room)
@@ -186,9 +186,12 @@ class RunAhead:
         return tensor
 
 
-def _reserve_ahead(residency: Residency, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+def _reserve_ahead(
+    residency: Residency, weights: Sequence[Weight], places: loading.Places, other_bytes: int
+) -> loading.Room | None:
+    """Memory for what is read ahead; None unless ``other_bytes`` stay free beside it."""
     room_bytes = residency.room_ahead_bytes()
-    if room_bytes is not None and places.peak_bytes > room_bytes:
+    if room_bytes is not None and places.peak_bytes + other_bytes > room_bytes:
         return None
     try:
         return residency.try_reserve_ahead(weights, places)

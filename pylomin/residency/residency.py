@@ -18,7 +18,7 @@ from pylomin.errors import BudgetError, ScratchError, without_frames
 from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
-from pylomin.residency.hold import Hold
+from pylomin.residency.hold import Hold, UnpackingHold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
@@ -29,7 +29,7 @@ from pylomin.residency.simulation import Group
 from pylomin.residency.stats import Stats
 from pylomin.residency.tiling import bytes_per_tile, tile_rows
 from pylomin.residency.trace import Key
-from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout
+from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout, used_from
 from pylomin.store.scratch import ScratchDirectory
 
 RESIDENT = State.RESIDENT  # looked up in every forward
@@ -70,6 +70,7 @@ class Loaded:
 
     members: Key
     nbytes: int  # that it takes in the ledger
+    is_unpacked: bool  # decoded from what is in memory: it leaves with its use
     kept: bool = False  # it stays when nobody holds it; counted against the part of the budget outside the window
     used: bool = False
     last_use: int = 0  # number of the use
@@ -103,7 +104,10 @@ class Residency:
         self._uses = 0
         self._settled = False  # all that is used stays: nothing to predict, and nothing to read
         self._kept_bytes = 0
+        self.tiles_bytes = 0  # that the tiles of one weight take at one time, at most, by the plan
         self._largest_bytes = 0  # of anything loaded together so far
+        self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
+        self._unpacked_bytes = 0  # that is decoded now
         self._holders: dict[int, int] = {}  # holds by thread
         self._waiting: dict[
             int, Callable[[], bool]
@@ -203,7 +207,7 @@ class Residency:
             return False
         with self.lock:
             self._forget_replaced()
-            return self._total_bytes <= budget
+            return self._total_bytes + self._unpacking_bytes <= budget
 
     def expect(self, nbytes: int) -> None:
         """A group of so many bytes will be loaded; the window must have room for it."""
@@ -221,7 +225,7 @@ class Residency:
 
     # -- use --------------------------------------------------------------------------------------------------------
 
-    def hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None = None) -> Hold:
+    def hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None = None) -> Hold | UnpackingHold:
         """``with residency.hold(weights):`` they are resident inside the block.
 
         Args:
@@ -232,7 +236,19 @@ class Residency:
             BudgetError: they do not fit beside what is held now.
             StoreReadError: their bytes cannot be read, or could not in the background before.
         """
+        for weight in weights if group is None else group:
+            if weight.parts:
+                return self._unpacking_hold(weights, group)
         return Hold(self, weights, group)
+
+    def _unpacking_hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None) -> Hold | UnpackingHold:
+        packed = [weight for weight in weights if weight.parts]
+        if group is None:
+            return UnpackingHold(Hold(self, used_from(weights), None), Hold(self, packed, None))
+        kept = used_from([weight for weight in group if weight in weights or weight.parts])
+        whole = [weight for weight in kept if not (weight.is_part and weight.tiled)]
+        hold = Hold(self, whole, used_from(group))
+        return UnpackingHold(hold, Hold(self, packed, packed)) if packed else hold
 
     def acquire(self, hold: Hold) -> None:
         with self.lock:
@@ -269,7 +285,8 @@ class Residency:
                 stalled_s = time.perf_counter() - started
                 self.load_finished(hold.claimed, claim, tensors, stalled_s)
                 hold.claimed = []
-                self._stats.stall_s += stalled_s
+                if claim.places.read_bytes:
+                    self._stats.stall_s += stalled_s
 
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
@@ -307,6 +324,12 @@ class Residency:
 
     def load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
+        if weight.parts and self.keeps_all:  # the packed bytes stay, and only what is needed is decoded
+            with self.hold(weight.parts):
+                return self._load_runs(weight, runs)
+        return self._load_runs(weight, runs)
+
+    def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         me, waiter = threading.get_ident(), _Waiter()
         room = None
         while room is None:
@@ -324,7 +347,8 @@ class Residency:
         read_s = time.perf_counter() - started
         with self.lock:
             self.run_was_read(places, read_s)
-            self._stats.stall_s += read_s
+            if places.read_bytes:
+                self._stats.stall_s += read_s
         return values
 
     def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
@@ -347,9 +371,10 @@ class Residency:
 
     def run_was_read(self, places: loading.Places, read_s: float) -> None:
         with self.lock:
-            self._stats.loads += 1
-            self._stats.bytes_read += places.stored_bytes
-            self._stats.read_s += read_s
+            if places.read_bytes:
+                self._stats.loads += 1
+                self._stats.bytes_read += places.read_bytes
+                self._stats.read_s += read_s
 
     def waited(self, seconds: float) -> None:
         """Of a forward, for a run that is read in the background."""
@@ -395,6 +420,11 @@ class Residency:
         return room
 
     def _used(self, hold: Hold, missed: bool) -> None:
+        group = hold.weights if hold.group is None else hold.group
+        if group and group[0].parts:  # decoded from what is in memory, for this use
+            for weight in hold.weights:
+                weight.loaded.used = True
+            return
         self._uses += 1
         if missed:
             self._stats.loads += 1
@@ -408,7 +438,6 @@ class Residency:
             if not loaded.used:
                 loaded.used = True
                 self._ahead.pop(loaded, None)
-        group = hold.weights if hold.group is None else hold.group
         for weight in group:
             if weight.transient:
                 return
@@ -429,12 +458,18 @@ class Residency:
         for weight in list(self._weights.values()):
             weight.tiled = tile_rows(weight, self.memory_budget) is not None
         groups = self.footprints(order) if self.memory_budget is not None else {}
-        self.retention.plan(order, groups, self.memory_budget, reads_ahead=self.reads_ahead)
+        self._unpacking_bytes = self._most_unpacked_bytes(order)
+        budget = None if self.memory_budget is None else max(0, self.memory_budget - self._unpacking_bytes)
+        self.retention.plan(order, groups, budget, reads_ahead=self.reads_ahead)
         self._settled = self.retention.schedule is not None and not self.retention.streams and self._recording is None
         if self.retention.schedule is None:
             return
+        planned = {index for key in order for index in key}
+        self.tiles_bytes = 0
         for weight in list(self._weights.values()):
             weight.tiled = weight.tiled and not self.retention.stays((weight.index,))
+            if weight.tiled and weight.index in planned:
+                self.tiles_bytes = max(self.tiles_bytes, self._tiles_bytes(weight))
         for loaded in list(self._in_memory):
             if loaded.kept and self.retention.streams and not self.retention.stays(loaded.members):
                 loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
@@ -449,6 +484,23 @@ class Residency:
             return 0
         spare_bytes = PAGE_BYTES * len(self.retention.order)  # blocks of residents are rounded up to pages
         return max(0, schedule.window_bytes - spare_bytes)
+
+    def _most_unpacked_bytes(self, order: Iterable[Key]) -> int:
+        """What the weights of one group, at most, are decoded into."""
+        whole_of: dict[int, Weight] = {}
+        for weight in list(self._weights.values()):
+            if not weight.transient:
+                whole_of |= {part.index: weight for part in weight.parts}
+        most_bytes = 0
+        for key in set(order):
+            packed = {whole_of[index]: None for index in key if index in whole_of}
+            held_bytes = sum([block_bytes(weight.peak_load_bytes) for weight in packed if not weight.tiled])
+            tiles = [self._tiles_bytes(weight) for weight in packed if weight.tiled]
+            most_bytes = max(most_bytes, held_bytes + max(tiles, default=0))
+        return most_bytes
+
+    def _tiles_bytes(self, weight: Weight) -> int:
+        return (2 if self.reads_ahead else 1) * bytes_per_tile(weight, self.memory_budget)
 
     def _review_reading(self) -> None:
         """Now and then: what was read may be cached by now, or memory may have become tight."""
@@ -473,8 +525,7 @@ class Residency:
     def _footprint(self, key: Key) -> Group:
         weights = self.weights_of(key)
         whole_bytes = self.places_of(weights).resident_bytes
-        at_one_time = 2 if self.reads_ahead else 1
-        tiles_bytes = [at_one_time * bytes_per_tile(w, self.memory_budget) for w in weights if w.tiled]
+        tiles_bytes = [self._tiles_bytes(weight) for weight in weights if weight.tiled]
         if not tiles_bytes:
             return Group(whole_bytes)
         held = [weight for weight in weights if not weight.tiled]
@@ -482,6 +533,8 @@ class Residency:
 
     def places_of(self, weights: Sequence[Weight]) -> loading.Places:
         """Where weights that are loaded together come to lie; remembered, for they will be again."""
+        if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
+            return loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
         key = tuple([weight.index for weight in weights])
         places = self._places.get(key)
         if places is None or not places.of_weights(weights):
@@ -500,7 +553,7 @@ class Residency:
         self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
     ) -> None:
         places = room.places
-        loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes)
+        loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes, bool(weights[0].parts))
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -510,9 +563,13 @@ class Residency:
                 weight.loaded_version = weight.tensor._version
                 weight.loaded = loaded
                 weight.state = State.RESIDENT
-        self._stats.bytes_read += places.stored_bytes
-        self._stats.read_s += read_s
-        self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
+        if loaded.is_unpacked:
+            self._unpacked_bytes += loaded.nbytes
+        else:
+            self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
+        if places.read_bytes:
+            self._stats.bytes_read += places.read_bytes
+            self._stats.read_s += read_s
         self._wake()
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
@@ -556,7 +613,7 @@ class Residency:
 
     def _may_stay(self, loaded: Loaded) -> bool:
         budget = self.memory_budget
-        if budget is None:
+        if budget is None or loaded.is_unpacked:
             return False
         if loaded.kept:
             return True
@@ -565,7 +622,7 @@ class Residency:
         if self.retention.schedule is not None:
             if self.retention.streams and not self.retention.stays(loaded.members):
                 return False
-            window_bytes = 0  # the plan has seen to it
+            window_bytes = self._unpacking_bytes  # the plan has seen to the rest
         room_bytes = budget - window_bytes - loaded.nbytes
         if self._kept_bytes <= room_bytes:
             return True
@@ -588,6 +645,8 @@ class Residency:
             self._stats.wasted += 1
             self._ahead.pop(loaded, None)
         self._in_memory.pop(loaded, None)
+        if loaded.is_unpacked:
+            self._unpacked_bytes -= loaded.nbytes
         for weight in self._members(loaded):
             weight.state = State.OFFLOADED
             weight.tensor = weight.twin = weight.loaded = None
@@ -597,7 +656,7 @@ class Residency:
         """Weights that users replaced are gone, and what they took of the budget is free."""
         if len(self._weights) != self._weights_seen:
             self._weights_seen = len(self._weights)
-            whole = [weight for weight in list(self._weights.values()) if not weight.transient]
+            whole = [weight for weight in list(self._weights.values()) if not weight.transient and not weight.parts]
             self._total_bytes = sum(block_bytes(aligned(weight.peak_load_bytes)) for weight in whole)
             for loaded in [loaded for loaded in self._in_memory if not self._members(loaded)]:
                 self._drop(loaded)
@@ -642,7 +701,7 @@ class Residency:
 
     def reserve_in_window(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
         """Memory of the window for what streams now, in the place of what was read ahead in vain; None if it stays."""
-        if not self.retention.streams or self._stays(weights):
+        if not self.retention.streams or weights[0].parts or self._stays(weights):
             return None
         while True:
             room = self.try_reserve_ahead(weights, places)
@@ -711,8 +770,10 @@ class Residency:
         budget, schedule = self.memory_budget, self.retention.schedule
         if budget is None or schedule is None:
             return budget
+        budget -= self._unpacking_bytes
         missing_bytes = max(0, budget - schedule.window_bytes - self._kept_bytes)
-        return budget - self.pool.in_use_bytes() - missing_bytes
+        in_use_bytes = self.pool.in_use_bytes() - min(self._unpacked_bytes, self._unpacking_bytes)
+        return budget - in_use_bytes - missing_bytes
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -743,6 +804,7 @@ class Residency:
         layout = weight.layout
         weight.source = self._overlay.keep(weight, values, layout)
         weight.writes += 1
+        weight.parts = ()
         weight.conversions = () if weight.source.layout == layout else (layout,)
         weight.shared = None
         weight.error = None  # it was about bytes that nobody needs any more

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, block_bytes
 from pylomin.residency.weight import Layout, Weight
 
+# What a weight is decoded into takes room from what stays, so it should be a small share of the budget; else it is used
+# by tiles. Its packed bytes are loaded whole all the same where they are a small share.
+PACKED_TIMES = 8
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
 
 
@@ -15,12 +18,13 @@ def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
     """
     if not weight.tileable:
         return None
-    if weight.tile_rows is None and fits_twice(weight.layout.numel * weight.element_bytes, memory_budget):
+    times = times_to_fit(weight)
+    if weight.tile_rows is None and fits(weight.layout.numel * weight.element_bytes, memory_budget, times):
         return None  # most weights in most forwards
     if not weight.keeps_order or not weight.nbytes:
         return None
     count, numel = lines_of(weight.layout)
-    return lines_per_tile(count, numel * weight.element_bytes, weight.tile_rows, memory_budget)
+    return lines_per_tile(count, numel * weight.element_bytes, weight.tile_rows, memory_budget, times=times)
 
 
 def bytes_per_tile(weight: Weight, memory_budget: int | None) -> int:
@@ -29,16 +33,18 @@ def bytes_per_tile(weight: Weight, memory_budget: int | None) -> int:
     return block_bytes(lines * lines_of(weight.layout)[1] * weight.element_bytes)
 
 
-def lines_per_tile(count: int, line_bytes: int, wanted: int | None, memory_budget: int | None) -> int | None:
+def lines_per_tile(
+    count: int, line_bytes: int, wanted: int | None, memory_budget: int | None, *, times: int = 2
+) -> int | None:
     """Of ``count`` lines that lie one after the other in memory, how many to load at one time; None for all.
 
     Args:
         wanted: as many as the user asked for.
-        memory_budget: what does not fit twice is tiled, so that there is room for it and for what comes next. One tile
-            takes at most a quarter: there are two, one in use and one on its way, beside what is held.
+        memory_budget: what does not fit ``times`` is tiled, so that there is room for it and for what comes next. One
+            tile takes at most a quarter: there are two, one in use and one on its way, beside what is held.
     """
     if wanted is None or wanted >= count:
-        if fits_twice(count * line_bytes, memory_budget):
+        if fits(count * line_bytes, memory_budget, times):
             return None
         wanted = TILE_BYTES // max(1, line_bytes)
     if memory_budget is not None:
@@ -49,8 +55,13 @@ def lines_per_tile(count: int, line_bytes: int, wanted: int | None, memory_budge
     return lines if lines < count else None
 
 
-def fits_twice(nbytes: int, memory_budget: int | None) -> bool:
-    return memory_budget is None or 2 * nbytes <= memory_budget
+def times_to_fit(weight: Weight) -> int:
+    """How often a weight has to fit into the budget to be loaded whole."""
+    return PACKED_TIMES if weight.source.packing is not None or weight.is_part else 2
+
+
+def fits(nbytes: int, memory_budget: int | None, times: int) -> bool:
+    return memory_budget is None or times * nbytes <= memory_budget
 
 
 def lines_of(layout: Layout) -> tuple[int, int]:

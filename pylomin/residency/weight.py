@@ -6,7 +6,7 @@ import enum
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from pylomin.store.base import InMemoryStore, WeightStore
 from pylomin.store.extents import StoredWeight
+from pylomin.store.quantized import PackedWeight
 
 if TYPE_CHECKING:
     from pylomin.residency.residency import Residency
@@ -55,6 +56,26 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
+def steps_of(source: Source, conversions: tuple[Layout, ...]) -> tuple[Layout, ...]:
+    """What a stored tensor looks like on its way to compute memory: as it is read or decoded, then as converted.
+
+    Values are decoded in the dtype that is wanted at once, with the same bits: no code times scale needs rounding.
+    """
+    if source.packing is not None and conversions:
+        first = conversions[0]
+        if first.device.type == "cpu" and first.dtype.is_floating_point and first.stride == source.layout.stride:
+            return conversions
+    return (source.layout, *conversions)
+
+
+def used_from(weights: Sequence[Weight]) -> list[Weight]:
+    """What is read, kept and planned where ``weights`` are used: of quantised ones, their parts."""
+    kept: list[Weight] = []
+    for weight in weights:
+        kept.extend(weight.parts or (weight,))
+    return kept
+
+
 def dense_layout(tensor: torch.Tensor) -> Layout:
     """The layout that ``torch.empty_like`` would give a copy: strides are kept where the tensor is dense."""
     stride = torch.empty_like(tensor, device="meta").stride()
@@ -64,7 +85,7 @@ def dense_layout(tensor: torch.Tensor) -> Layout:
 class Source:
     """Bytes in a store that never change while this object lives; shared by every weight that reads them."""
 
-    __slots__ = ("__weakref__", "layout", "memory", "name", "store", "stored")
+    __slots__ = ("__weakref__", "layout", "memory", "name", "packing", "parts", "store", "stored")
 
     def __init__(
         self,
@@ -79,10 +100,20 @@ class Source:
         # Where in a file it is, if its store says so: then it is read, or mapped, past the store.
         stored = getattr(store, "weight", _nowhere)(name)
         self.stored: StoredWeight | None = stored if isinstance(stored, StoredWeight) else None
+        # If it is quantised, how, and what it is decoded from. Its layout is that of the decoded values.
+        packed = getattr(store, "packed", _nowhere)(name)
+        self.packing = packed.packing if isinstance(packed, PackedWeight) else None
+        self.parts = _sources_of(packed) if isinstance(packed, PackedWeight) else ()
         self.name = name
         self.layout = layout  # of the stored bytes, on the CPU
         if on_unused is not None:
             weakref.finalize(self, on_unused).atexit = False
+
+
+def _sources_of(packed: PackedWeight) -> tuple[Source, ...]:
+    infos = [part.info for part in packed.parts]
+    layouts = [Layout(info.dtype, info.shape, contiguous_stride(info.shape), torch.device("cpu")) for info in infos]
+    return tuple(Source(packed.store, name, layout) for name, layout in zip(packed.names, layouts, strict=True))
 
 
 def _nowhere(name: str) -> None:
@@ -113,7 +144,10 @@ class ResidentParameter(nn.Parameter):
 
 
 class Weight:
-    """One named tensor of a model. Ties share one ``Weight``. Only residency changes its state."""
+    """One named tensor of a model. Ties share one ``Weight``. Only residency changes its state.
+
+    A quantised one has ``parts``, which are what is read, kept and planned; it is decoded from them as it is used.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -121,9 +155,11 @@ class Weight:
         "error",
         "holds",
         "index",
+        "is_part",
         "loaded",
         "loaded_version",
         "name",
+        "parts",
         "residency",
         "shared",
         "source",
@@ -143,11 +179,19 @@ class Weight:
         source: Source,
         residency: Residency,
         conversions: tuple[Layout, ...] = (),
+        parts: tuple[Weight, ...] | None = None,
     ) -> None:
         self.name = name  # fully qualified, of its first owner
         self.source = source
         self.conversions = conversions  # layouts that the stored tensor is copied into, one after the other
         self.residency = residency
+        self.is_part = False  # of a quantised weight
+        if parts is None:
+            suffixes = [part.suffix for part in source.packing.parts] if source.packing is not None else []
+            parts = tuple(Weight(name + suffix, s, residency) for suffix, s in zip(suffixes, source.parts, strict=True))
+            for part in parts:
+                part.is_part = True
+        self.parts = parts
         self.transient = False  # made by an operation, perhaps anew in each forward: no part of any order
         self.tileable = False  # whoever owns it uses it by rows or by tiles; see `tiling`
         self.tiled = False  # it is used by tiles now; residency decides
@@ -180,15 +224,20 @@ class Weight:
     @property
     def element_bytes(self) -> int:
         """What one element takes while a run of elements is loaded, conversions included."""
-        nbytes = self.source.layout.dtype.itemsize
-        for step in self.conversions:
+        nbytes = -(-self.packed_bytes // max(1, self.layout.numel))
+        for step in steps_of(self.source, self.conversions):
             nbytes += step.dtype.itemsize
         return nbytes
 
     @property
+    def packed_bytes(self) -> int:
+        """Of the parts of a quantised weight."""
+        return sum([part.nbytes for part in self.parts])
+
+    @property
     def peak_load_bytes(self) -> int:
         """Most bytes that exist at one time while it is loaded: a conversion needs both sides."""
-        steps = [self.source.layout.nbytes, *(step.nbytes for step in self.conversions)]
+        steps = [step.nbytes for step in steps_of(self.source, self.conversions)]
         if len(steps) == 1:
             return steps[0]
         return max(before + after for before, after in itertools.pairwise(steps))
@@ -196,14 +245,22 @@ class Weight:
     def convert(self, layout: Layout) -> Weight:
         """This weight as ``.to(...)`` would copy it; loaded from the same bytes."""
         steps = self.conversions if layout == self.layout else (*self.conversions, layout)
-        converted = self.replaced_by(Weight(self.name, self.source, self.residency, steps))
+        converted = self.replaced_by(Weight(self.name, self.source, self.residency, steps, self.parts))
         converted.transient = True
         return converted
 
     def replaced_by(self, other: Weight) -> Weight:
         """``other``, used as this one is."""
         other.tileable, other.tile_rows, other.tiled = self.tileable, self.tile_rows, self.tiled
+        for part, as_part in zip(other.parts, self.parts, strict=False):
+            part.tileable, part.tiled = as_part.tileable, as_part.tiled
         return other
+
+    def allow_tiles(self, rows: int | None = None) -> None:
+        """All who own it use it by rows or by tiles: of ``rows``, or as large as suits."""
+        self.tileable, self.tile_rows = True, rows
+        for part in self.parts:
+            part.tileable = True
 
     def trainable_twin(self) -> ResidentParameter:
         """The resident tensor as one that requires grad, for use while gradients are off.

@@ -41,11 +41,15 @@ class PackedWeight:
     Attributes:
         info: of the weight that they stand for.
         packing: how to decode them: ``packing.decode_rows``, :func:`pylomin.quantize.codec.decode`.
+        store: that has the parts.
+        names: of the parts in it.
         parts: where the bytes of each part lie, in the order of ``packing.parts``. They follow each other.
     """
 
     info: WeightInfo
     packing: Packing
+    store: SafetensorsStore | ShardedStore
+    names: tuple[str, ...]
     parts: tuple[StoredWeight, ...]
 
     @property
@@ -181,14 +185,23 @@ class QuantizedStore:
     def packed(self, name: str) -> PackedWeight | None:
         """Where the packed bytes of a weight lie, and how to decode them.
 
-        None for a weight that is stored as it is, and for one that needs a reference. Raises WeightNotFoundError.
+        None for a weight that is stored as it is, for one that needs a reference, and where digests are compared with
+        what is read through this store. Raises WeightNotFoundError.
         """
         info = self.info(name)
         entry = self._packed.get(name)
-        if entry is None or entry.needs_reference or entry.scheme == FULL:
+        if entry is None or entry.needs_reference or entry.scheme == FULL or self._is_checked:
             return None
-        parts = tuple(self.file.location(name + part.suffix) for part in entry.packing.parts)
-        return PackedWeight(info, entry.packing, parts)
+        names = tuple(name + part.suffix for part in entry.packing.parts)
+        return PackedWeight(info, entry.packing, self.file, names, tuple(map(self.file.location, names)))
+
+    def weight(self, name: str) -> StoredWeight | None:
+        """The file and extent of a weight that is stored as it is; None as :meth:`packed` says for the others."""
+        self.info(name)
+        entry = self._packed.get(name)
+        if self._is_checked or (entry is not None and entry.scheme != FULL):
+            return None
+        return self.file.location(name)
 
     def check(self, name: str) -> None:
         """Compare the stored bytes of a weight with their digests, once. Raises StoreReadError."""
@@ -217,9 +230,7 @@ class QuantizedStore:
             requests += _whole_rows(name + part.suffix, row_bytes, batch, byte_view(buffer))
         self.file.read(requests)
         if packing.has_scales:
-            low, high = torch.aminmax(buffers[1])
-            if not (low >= 0 and high < torch.inf):
-                raise self._damaged(name, f"its scales are from {float(low)} to {float(high)}")
+            check_scales(buffers[1], name, self.path)
         out = _view_of_rows(packing, batch[0]) if len(batch) == 1 else None
         values = torch.empty(rows, packing.matrix_shape[1], dtype=packing.dtype) if out is None else out
         if entry.is_difference:
@@ -247,9 +258,7 @@ class QuantizedStore:
             request.destination[begin - start : end - start] = byte_view(values)[begin - first : end - first]
 
     def _damaged(self, name: str, problem: str) -> StoreReadError:
-        return StoreReadError(
-            f"weight {name!r} in {self.path!r} is damaged: {problem}. Write or download the file again."
-        )
+        return _damaged(name, self.path, problem)
 
     def _reference(self) -> SafetensorsStore | QuantizedStore:
         assert self.reference is not None  # checked when the file was opened
@@ -322,6 +331,18 @@ class QuantizedStore:
                     f"weight {name!r} of {self.path!r} is a difference to one of {entry.packing.dtype} "
                     f"{list(entry.packing.shape)} in {reference.path!r}, which has {found or 'none'}."
                 )
+
+
+def check_scales(scales: torch.Tensor, name: str, path: str) -> None:
+    """Raises StoreReadError for scales that no writer makes: of the weight ``name``, as they are in ``path``."""
+    if scales.numel():
+        low, high = torch.aminmax(scales)
+        if not (low >= 0 and high < torch.inf):
+            raise _damaged(name, path, f"its scales are from {float(low)} to {float(high)}")
+
+
+def _damaged(name: str, path: str, problem: str) -> StoreReadError:
+    return StoreReadError(f"weight {name!r} in {path!r} is damaged: {problem}. Write or download the file again.")
 
 
 def open_packed(

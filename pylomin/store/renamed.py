@@ -10,6 +10,7 @@ import torch
 from pylomin.errors import StoreFormatError, WeightNotFoundError
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightInfo, WeightStore
 from pylomin.store.extents import ExtentStore
+from pylomin.store.quantized import PackedWeight
 from pylomin.store.requests import check_request, weight_not_found
 
 KeyMap = Mapping[str, str] | Callable[[str], str | None]
@@ -59,6 +60,11 @@ class RenamedStore:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """As of the store, if it is one of quantised weights. Raises WeightNotFoundError."""
+        packed: Callable[[str], PackedWeight | None] | None = getattr(self._store, "packed", None)
+        return None if packed is None else packed(self._name_there(name))
 
     def info(self, name: str) -> WeightInfo:
         """Metadata of one weight. Raises WeightNotFoundError."""
