@@ -118,6 +118,11 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("µs per call", median("us_per_call", "{:.1f}")),
         ("added µs per call", median("added_us_per_call", "{:.1f}", spread=True)),
     ],
+    "stages": [
+        ("ms of a pass", median("ms_per_pass", "{:.1f}", spread=True)),
+        ("calls", value("calls", "{}")),
+        ("µs of a call", value("us_per_call", "{:.0f}")),
+    ],
     "schedule": [
         ("planning takes", median("planning_ms", "{:.1f} ms", spread=True)),
         ("instances", value("instances", "{}")),

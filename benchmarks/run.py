@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "big_linear": "One layer of 1 GiB under a budget of 64 MiB",
             "moe": "Bytes read for each token of a mixture of experts",
             "bert": "Speed and memory of a BERT whose weights leave memory after use, file cached",
+            "stages": "Where the time goes that weights in a cached file take",
             "bert_cold": "The same from a cold file in a small container",
             "decode": "Decoding at five budgets, beside transformers, accelerate and llama.cpp",
             "quantized_decode": "Decoding from int8 in a small container, beside float32 and llama.cpp Q8_0",

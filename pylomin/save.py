@@ -16,6 +16,7 @@ from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.quantize.choose import Choose, Filter, chooser
 from pylomin.quantize.packing import GROUP_SIZE
 from pylomin.residency.limits import parse_bytes
+from pylomin.residency.plan import Plan
 from pylomin.store.base import WeightStore
 from pylomin.store.digests import DIGESTS_KEY
 from pylomin.store.dtypes import STORED_DTYPES
@@ -24,7 +25,6 @@ from pylomin.store.packed_format import QUANTIZED_KEY
 from pylomin.store.pieces import read_pieces, slices_of
 from pylomin.store.progress import Progress
 from pylomin.store.quantized import QuantizedStore
-from pylomin.residency.plan import Plan
 from pylomin.store.quantizing import QuantizingEncoder, write_quantized
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.saving import Cast, SaveOptions, save_weights

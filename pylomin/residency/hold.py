@@ -10,7 +10,8 @@ from pylomin.errors import BudgetError
 from pylomin.residency.weight import Weight
 
 if TYPE_CHECKING:
-    from pylomin.residency.residency import Loaded, Residency
+    from pylomin.residency.contents import Loaded
+    from pylomin.residency.residency import Residency
 
 
 class Hold:

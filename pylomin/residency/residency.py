@@ -3,81 +3,38 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from pylomin.errors import BudgetError, ScratchError, without_frames
-from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
+from pylomin.io.buffers import BufferPool
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
+from pylomin.residency.contents import Contents, Loaded
 from pylomin.residency.hold import Hold, UnpackingHold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
-from pylomin.residency.reading import Reading, choose_reading
 from pylomin.residency.recording import Measured, Recording
-from pylomin.residency.retention import Retention
-from pylomin.residency.simulation import Group
 from pylomin.residency.stats import Stats
-from pylomin.residency.tiling import bytes_per_tile, tile_rows
+from pylomin.residency.tiling import tile_rows
 from pylomin.residency.trace import Key
+from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout, used_from
 from pylomin.store.scratch import ScratchDirectory
 
 RESIDENT = State.RESIDENT  # looked up in every forward
-RECHECK_S = 0.05  # views die without telling anyone, so who waits looks again
-MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
-REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
-REVIEW_S = 1.0
-GRACE = 2  # such looks before giving up: another thread may be just about to drop its last reference
+GRACE = 2  # looks in vain before giving up: another thread may be just about to drop its last reference
 
 
-class _Waiter:
-    """One thread that waits for a change. Not a Condition, whose wait an interrupt can leave without its lock."""
-
-    __slots__ = ("_lock", "hopeless", "started")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.hopeless = 0  # times it was found that nobody could free the memory it waits for
-        self.started = time.perf_counter()
-
-    def enlist(self, waiters: list[_Waiter]) -> None:
-        """Under the residency's lock: be woken by the next change."""
-        self._lock.acquire(blocking=False)
-        waiters.append(self)
-
-    def wait(self) -> None:
-        """Outside of the residency's lock."""
-        self._lock.acquire(timeout=RECHECK_S)
-
-    def wake(self) -> None:
-        if self._lock.locked():
-            self._lock.release()
-
-
-@dataclass(eq=False, slots=True)
-class Loaded:
-    """What one read brought into memory; it leaves together, because it lies in one buffer."""
-
-    members: Key
-    nbytes: int  # that it takes in the ledger
-    is_unpacked: bool  # decoded from what is in memory: it leaves with its use
-    kept: bool = False  # it stays when nobody holds it; counted against the part of the budget outside the window
-    used: bool = False
-    last_use: int = 0  # number of the use
-    spoiled: bool = False  # written to, and the write could not be kept
-
-
-class Residency:
+class Residency(Contents):
     """The weights of one model that are offloaded: brings them in, counts them, lets them go.
 
     References go one way: tensors hold weights, weights hold their residency. It knows its weights only by index, so
@@ -85,46 +42,18 @@ class Residency:
     """
 
     def __init__(self, memory_budget: int | None = None) -> None:
-        self.pool = BufferPool(memory_budget)
-        self.retention = Retention()
-        self.reading = Reading()
-        self._requested_mode: Mode | None = None
+        super().__init__(memory_budget)
         self.scratch: ScratchDirectory | None = None
         self.choices: dict[str, str] = {}  # what `fit` chose, and why
-        self._stats = Stats()
         self._overlay = Overlay()
-        self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
-        self._weights_seen = 0
-        self._total_bytes = 0  # if all weights were in memory, each on its own
-        self._next_index = itertools.count()
-        self._places: dict[Key, loading.Places] = {}
-        self._prefetcher: Prefetcher | None = None
-        self._in_memory: dict[Loaded, None] = {}  # oldest first
-        self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
-        self._uses = 0
-        self._settled = False  # all that is used stays: nothing to predict, and nothing to read
-        self._kept_bytes = 0
-        self.tiles_bytes = 0  # that the tiles of one weight take at one time, at most, by the plan
-        self._largest_bytes = 0  # of anything loaded together so far
-        self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
-        self._unpacked_bytes = 0  # that is decoded now
         self._holders: dict[int, int] = {}  # holds by thread
-        self._waiting: dict[
-            int, Callable[[], bool]
-        ] = {}  # threads that wait for memory, and whether they still need to
-        self._waiters: list[_Waiter] = []
-        self._recording: Recording | None = None
-        self._review_at = REVIEW_USES  # number of the use at which the reading mode is chosen anew
-        self._reviewed_s = 0.0
-        self.lock = threading.RLock()
+        # Threads that wait for memory, and whether they still need to.
+        self._waiting: dict[int, Callable[[], bool]] = {}
+        self._waiters: list[Waiter] = []
         self._plan(())
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
-
-    @property
-    def memory_budget(self) -> int | None:
-        return self.pool.limit_bytes
 
     def set_budget(self, memory_budget: int | None) -> None:
         """Takes effect now: what is idle and no longer fits leaves."""
@@ -152,11 +81,6 @@ class Residency:
         with self.lock:
             self.drop_ahead(wanted=())
             self._plan(self.retention.order)
-
-    @property
-    def depth(self) -> int:
-        """Large groups that are read ahead where there is no plan."""
-        return self._prefetcher.depth if self._prefetcher is not None else 0
 
     def stats(self) -> Stats:
         """The counters now."""
@@ -187,41 +111,12 @@ class Residency:
             self.retention.learn(order, measured)
             self._plan(order)
 
-    def footprints(self, order: Iterable[Key]) -> dict[Key, Group]:
-        """The memory that each group of an order takes."""
-        with self.lock:
-            return {key: self._footprint(key) for key in dict.fromkeys(order)}
-
     def copy(self) -> Residency:
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
         clone.scratch = self.scratch
         clone.set_depth(self._prefetcher.fixed_depth if self._prefetcher is not None else 0)
         return clone
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all weights fit into the budget together; then what is used by rows is kept whole, too."""
-        budget = self.memory_budget
-        if budget is None:
-            return False
-        with self.lock:
-            self._forget_replaced()
-            return self._total_bytes + self._unpacking_bytes <= budget
-
-    def expect(self, nbytes: int) -> None:
-        """A group of so many bytes will be loaded; the window must have room for it."""
-        self._largest_bytes = max(self._largest_bytes, nbytes)
-
-    def weights_of(self, key: Key) -> list[Weight]:
-        """The weights of a group that still exist."""
-        return [weight for weight in map(self._weights.get, key) if weight is not None]
-
-    def register(self, weight: Weight) -> int:
-        """The index by which this residency knows a new weight."""
-        index = next(self._next_index)
-        self._weights[index] = weight
-        return index
 
     # -- use --------------------------------------------------------------------------------------------------------
 
@@ -272,7 +167,7 @@ class Residency:
                     self._stop_waiting(hold.thread_id, waiter)
                     return
                 if claim is None:
-                    waiter = waiter or _Waiter()
+                    waiter = waiter or Waiter()
                     waiter.enlist(self._waiters)
             if claim is None:
                 assert waiter is not None
@@ -330,7 +225,7 @@ class Residency:
         return self._load_runs(weight, runs)
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        me, waiter = threading.get_ident(), _Waiter()
+        me, waiter = threading.get_ident(), Waiter()
         room = None
         while room is None:
             with self.lock:
@@ -383,7 +278,7 @@ class Residency:
 
     def write(self, weight: Weight, values: torch.Tensor) -> None:
         """Replace the values. The store that they came from is not touched."""
-        waiter = _Waiter()
+        waiter = Waiter()
         while True:
             with self.lock:
                 if weight.state is not State.LOADING:
@@ -401,7 +296,7 @@ class Residency:
 
     # -- under the lock ---------------------------------------------------------------------------------------------
 
-    def _claim(self, hold: Hold, waiter: _Waiter | None) -> loading.Room | None:
+    def _claim(self, hold: Hold, waiter: Waiter | None) -> loading.Room | None:
         """Mark what is missing as loading, by this hold, and set memory aside; None if there is nothing to load now."""
         for weight in hold.weights:
             if (error := weight.error) is not None:
@@ -452,97 +347,6 @@ class Residency:
             self._review_reading()
         if self._prefetcher is not None:
             self._prefetcher.schedule(self)
-
-    def _plan(self, order: Sequence[Key]) -> None:
-        """Uses repeat in this order: decide what stays. What no longer does leaves now, or when it is released."""
-        for weight in list(self._weights.values()):
-            weight.tiled = tile_rows(weight, self.memory_budget) is not None
-        groups = self.footprints(order) if self.memory_budget is not None else {}
-        self._unpacking_bytes = self._most_unpacked_bytes(order)
-        budget = None if self.memory_budget is None else max(0, self.memory_budget - self._unpacking_bytes)
-        self.retention.plan(order, groups, budget, reads_ahead=self.reads_ahead)
-        self._settled = self.retention.schedule is not None and not self.retention.streams and self._recording is None
-        if self.retention.schedule is None:
-            return
-        planned = {index for key in order for index in key}
-        self.tiles_bytes = 0
-        for weight in list(self._weights.values()):
-            weight.tiled = weight.tiled and not self.retention.stays((weight.index,))
-            if weight.tiled and weight.index in planned:
-                self.tiles_bytes = max(self.tiles_bytes, self._tiles_bytes(weight))
-        for loaded in list(self._in_memory):
-            if loaded.kept and self.retention.streams and not self.retention.stays(loaded.members):
-                loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
-                if not self._is_held(loaded):
-                    self._drop(loaded)
-        self.pool.set_window(self._window_bytes())
-
-    def _window_bytes(self) -> int:
-        """The part of the budget that what streams is read into; none for mapped pages, or where nothing streams."""
-        schedule, budget = self.retention.schedule, self.memory_budget
-        if budget is None or schedule is None or not self.retention.streams or self.reading.mode == "mapped":
-            return 0
-        spare_bytes = PAGE_BYTES * len(self.retention.order)  # blocks of residents are rounded up to pages
-        return max(0, schedule.window_bytes - spare_bytes)
-
-    def _most_unpacked_bytes(self, order: Iterable[Key]) -> int:
-        """What the weights of one group, at most, are decoded into."""
-        whole_of: dict[int, Weight] = {}
-        for weight in list(self._weights.values()):
-            if not weight.transient:
-                whole_of |= {part.index: weight for part in weight.parts}
-        most_bytes = 0
-        for key in set(order):
-            packed = {whole_of[index]: None for index in key if index in whole_of}
-            held_bytes = sum([block_bytes(weight.peak_load_bytes) for weight in packed if not weight.tiled])
-            tiles = [self._tiles_bytes(weight) for weight in packed if weight.tiled]
-            most_bytes = max(most_bytes, held_bytes + max(tiles, default=0))
-        return most_bytes
-
-    def _tiles_bytes(self, weight: Weight) -> int:
-        return (2 if self.reads_ahead else 1) * bytes_per_tile(weight, self.memory_budget)
-
-    def _review_reading(self) -> None:
-        """Now and then: what was read may be cached by now, or memory may have become tight."""
-        before, now = self.reading.mode, time.perf_counter()
-        self._review_at = self._uses + max(len(self._weights), REVIEW_USES)
-        if self._requested_mode is None and now - self._reviewed_s > REVIEW_S:
-            self._choose_reading()
-            if self.reading.mode != before:
-                self._plan(self.retention.order)
-
-    def _choose_reading(self) -> None:
-        self._reviewed_s = time.perf_counter()
-        weights = [weight for weight in list(self._weights.values()) if not weight.transient]
-        kept_bytes = self.memory_budget or 2 * self._largest_bytes
-        mode, self.reading = (
-            self.reading.mode,
-            choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes),
-        )
-        if self.reading.mode != mode:
-            self._places.clear()
-
-    def _footprint(self, key: Key) -> Group:
-        weights = self.weights_of(key)
-        whole_bytes = self.places_of(weights).resident_bytes
-        tiles_bytes = [self._tiles_bytes(weight) for weight in weights if weight.tiled]
-        if not tiles_bytes:
-            return Group(whole_bytes)
-        held = [weight for weight in weights if not weight.tiled]
-        return Group(whole_bytes, self.places_of(held).resident_bytes + max(tiles_bytes))
-
-    def places_of(self, weights: Sequence[Weight]) -> loading.Places:
-        """Where weights that are loaded together come to lie; remembered, for they will be again."""
-        if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
-            return loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
-        key = tuple([weight.index for weight in weights])
-        places = self._places.get(key)
-        if places is None or not places.of_weights(weights):
-            if len(self._places) > MOST_PLACES + 2 * len(self._weights):
-                self._places.clear()
-            places = loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
-            self._places[key] = places
-        return places
 
     def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
         self._stats.prefetched += in_background
@@ -604,76 +408,13 @@ class Residency:
         if self._waiters:
             self._wake()
 
-    def _settle(self, loaded: Loaded) -> None:
-        """Nobody holds it any more: it stays if it is planned to, or if it fits beside the window."""
-        if loaded.spoiled or not self._may_stay(loaded):
-            self._drop(loaded)
-        elif not loaded.kept:
-            loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
-
-    def _may_stay(self, loaded: Loaded) -> bool:
-        budget = self.memory_budget
-        if budget is None or loaded.is_unpacked:
-            return False
-        if loaded.kept:
-            return True
-        self._forget_replaced()
-        window_bytes = (1 + self.depth) * self._largest_bytes if self._total_bytes > budget else 0
-        if self.retention.schedule is not None:
-            if self.retention.streams and not self.retention.stays(loaded.members):
-                return False
-            window_bytes = self._unpacking_bytes  # the plan has seen to the rest
-        room_bytes = budget - window_bytes - loaded.nbytes
-        if self._kept_bytes <= room_bytes:
-            return True
-        # The order is not known to repeat: in the place of what is predicted to be used later.
-        others = [other for other in self._in_memory if other.kept and not self._is_held(other)]
-        for other in self.retention.later(loaded, others, self._kept_bytes - room_bytes):
-            self._drop(other)
-        return self._kept_bytes <= room_bytes
-
-    def _members(self, loaded: Loaded) -> list[Weight]:
-        return [weight for weight in self.weights_of(loaded.members) if weight.loaded is loaded]
-
-    def _is_held(self, loaded: Loaded) -> bool:
-        return any(weight.holds for weight in self._members(loaded))
-
-    def _drop(self, loaded: Loaded) -> None:
-        if loaded.kept:
-            loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
-        if not loaded.used:
-            self._stats.wasted += 1
-            self._ahead.pop(loaded, None)
-        self._in_memory.pop(loaded, None)
-        if loaded.is_unpacked:
-            self._unpacked_bytes -= loaded.nbytes
-        for weight in self._members(loaded):
-            weight.state = State.OFFLOADED
-            weight.tensor = weight.twin = weight.loaded = None
-        self.pool.collect()
-
-    def _forget_replaced(self) -> None:
-        """Weights that users replaced are gone, and what they took of the budget is free."""
-        if len(self._weights) != self._weights_seen:
-            self._weights_seen = len(self._weights)
-            whole = [weight for weight in list(self._weights.values()) if not weight.transient and not weight.parts]
-            self._total_bytes = sum(block_bytes(aligned(weight.peak_load_bytes)) for weight in whole)
-            for loaded in [loaded for loaded in self._in_memory if not self._members(loaded)]:
-                self._drop(loaded)
-
-    def _evict_one(self) -> bool:
-        idle = [loaded for loaded in self._in_memory if not self._is_held(loaded)]
-        if idle:
-            self._drop(self.retention.victim(idle))
-        return bool(idle)
-
     def _find_room(
         self,
         weights: Sequence[Weight],
         places: loading.Places,
         needed: Callable[[], bool],
         thread_id: int,
-        waiter: _Waiter | None,
+        waiter: Waiter | None,
     ) -> loading.Room | None:
         """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
         while True:
@@ -699,30 +440,11 @@ class Residency:
         self._waiting[thread_id] = needed
         return None
 
-    def reserve_in_window(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
-        """Memory of the window for what streams now, in the place of what was read ahead in vain; None if it stays."""
-        if not self.retention.streams or weights[0].parts or self._stays(weights):
-            return None
-        while True:
-            room = self.try_reserve_ahead(weights, places)
-            idle = [loaded for loaded in self._ahead if not self._is_held(loaded)] if room is None else []
-            if not idle:
-                return room
-            self._drop(self.retention.victim(idle))
-
-    def try_reserve_ahead(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
-        """Memory for what is read ahead: of the window, if it streams; None where there is none now."""
-        from_window = self.retention.streams and not self._stays(weights)
-        return loading.try_reserve(self.pool, places, from_window=from_window, drop_cache=self.reading.drop_cache)
-
-    def _stays(self, weights: Sequence[Weight]) -> bool:
-        return self.retention.stays(tuple([weight.index for weight in weights]))
-
     def _waits(self, thread_id: int) -> bool:
         needed = self._waiting.get(thread_id)
         return needed is not None and needed()
 
-    def _stop_waiting(self, thread_id: int, waiter: _Waiter | None) -> None:
+    def _stop_waiting(self, thread_id: int, waiter: Waiter | None) -> None:
         self._waiting.pop(thread_id, None)
         if waiter is not None:
             self._stats.stall_s += time.perf_counter() - waiter.started
@@ -743,37 +465,10 @@ class Residency:
             f"traceback). Use memory_budget of at least {used_bytes + needed_bytes}, or run under torch.no_grad()."
         )
 
-    def drop_ahead(self, wanted: Collection[Key]) -> None:
-        """What was read ahead and is not used soon after all leaves."""
-        if not self._ahead:
-            return
-        members = {index for key in wanted for index in key}
-        for loaded in [loaded for loaded in self._ahead if members.isdisjoint(loaded.members)]:
-            self._drop(loaded)
-
-    @property
-    def reads_ahead(self) -> bool:
-        return self._prefetcher is not None and not self.reads_inline
-
-    @property
-    def reads_inline(self) -> bool:
-        """Reading ahead would cost more than it saves: there is nothing to copy."""
-        return self.reading.mode == "mapped" and self.reading.is_cached
-
     def read_on(self) -> None:
         """Under the lock: a background read has finished, and another can be begun."""
         if self._prefetcher is not None and self.retention.schedule is not None:
             self._prefetcher.schedule(self)
-
-    def room_ahead_bytes(self) -> int | None:
-        """What may be read ahead without taking the place of residents that are still to be loaded; None: no limit."""
-        budget, schedule = self.memory_budget, self.retention.schedule
-        if budget is None or schedule is None:
-            return budget
-        budget -= self._unpacking_bytes
-        missing_bytes = max(0, budget - schedule.window_bytes - self._kept_bytes)
-        in_use_bytes = self.pool.in_use_bytes() - min(self._unpacked_bytes, self._unpacking_bytes)
-        return budget - in_use_bytes - missing_bytes
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
