@@ -281,6 +281,7 @@ class Room:
             store = piece.source.store
             placed[i] = (buffer, offset)
             if not self._copy_cached(piece, destination):
+                _announce(piece)
                 requests.setdefault(id(store), (store, []))[1].extend(piece.requests(destination))
         for store, wanted in requests.values():
             store.read(wanted)
@@ -315,6 +316,14 @@ def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
     buffer, offset = where
     flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
     return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
+
+
+def _announce(piece: Piece) -> None:
+    """Rows that lie scattered in a file: the disk may look for all of them at once."""
+    stored = piece.source.stored
+    if stored is not None and piece.runs is not None and len(piece.runs) >= MANY_RUNS:
+        for extent in piece.extents(stored):
+            stored.file.prefetch_hint(extent.start, extent.nbytes)
 
 
 def try_reserve(
