@@ -35,7 +35,7 @@ from examples.bert import SIZES, checkpoint, lazy, prefetched, resident
 
 PASSES = 3
 ABOVE_INTERPRETER_BYTES = 500 << 20  # 500 MiB
-BUDGET = "400MiB"  # what the container leaves beside hidden states and the rest of the process
+BUDGET = "300MiB"  # what the container leaves beside hidden states and the rest of the process
 FITTED = f"fit, {BUDGET}"
 
 

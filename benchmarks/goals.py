@@ -80,7 +80,7 @@ GOALS = (
     Goal(
         "bert_cold",
         "BERT, cold, small container: × bound",
-        _of("fit, 400MiB", "times_bound"),
+        _of("fit, 300MiB", "times_bound"),
         LE,
         1.10,
         "{:.2f}",
