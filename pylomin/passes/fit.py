@@ -90,6 +90,7 @@ def fit(
     prefetch(model)
     for residency in residencies_of(model):
         residency.adopt(_order_of_definition(model, residency))
+        residency.load_residents()
     if args is not None or kwargs is not None:
         _measure(model, args or (), kwargs or {})
     for residency in residencies_of(model):
@@ -150,6 +151,7 @@ def _measure(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         for residency, measured in recorded:
             if measured is not None:
                 residency.adopt(measured.order, measured)
+                residency.load_residents()
 
 
 def _choices(model: nn.Module, residency: Residency, why: str, tables: int, chunk_bytes: int) -> dict[str, str]:

@@ -111,6 +111,17 @@ class Residency(Contents):
             self.retention.learn(order, measured)
             self._plan(order)
 
+    def load_residents(self) -> None:
+        """Load now what stays by the plan, in the order of its use.
+
+        Loaded between the layers of a pass, what stays would come to lie between the hidden states that malloc hands
+        out and takes back, and the holes would add up to a good part of the budget.
+        """
+        for key in dict.fromkeys(self.retention.order):
+            if self.retention.stays(key):
+                with self.hold(self.weights_of(key)):
+                    pass
+
     def copy(self) -> Residency:
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
