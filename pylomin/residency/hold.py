@@ -50,7 +50,7 @@ class Hold:
 
     def __del__(self) -> None:
         # Interrupted on the way out; or on the way in, perhaps before it was made.
-        if getattr(self, "pinned", None) or getattr(self, "unsettled", None):
+        if getattr(self, "pinned", None) or getattr(self, "unsettled", None) or getattr(self, "counted", False):
             self.residency.release(self)
 
 

@@ -405,9 +405,13 @@ class Residency(Contents):
             del hold.pinned[-1]
         holders, thread_id = self._holders, hold.thread_id
         if hold.counted:
-            holders[thread_id], hold.counted = holders.get(thread_id, 1) - 1, False
-        if holders.get(thread_id, 1) <= 0:
-            del holders[thread_id]
+            others = holders.get(thread_id, 1) - 1
+            if others > 0:
+                holders[thread_id], hold.counted = others, False
+            else:
+                if thread_id in holders:
+                    del holders[thread_id]
+                hold.counted = False
         if hold.unsettled:
             while hold.unsettled:
                 loaded = hold.unsettled[-1]

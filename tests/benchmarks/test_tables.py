@@ -76,7 +76,8 @@ def test_pages_have_a_table_for_every_benchmark_and_none_is_stale() -> None:
         text = page.read_text()
         assert fill(text) == text, "run python -m benchmarks.tables"
         found |= set(re.findall(r"<!-- table: (\w+) -->", text))
-    assert found - {"goals"} == set(TABLES) == set(BENCHMARKS) == {"demo", *COLUMNS}
+    assert found - {"goals"} == set(TABLES) == {"demo", *COLUMNS}
+    assert set(TABLES) <= set(BENCHMARKS)  # some print what they found, and have no table
     assert {goal.benchmark for goal in GOALS} < set(TABLES)
 
 
@@ -91,7 +92,7 @@ def test_goals_say_what_was_reached_and_what_failed(tmp_path: Path) -> None:
 
 
 def test_goals_read_every_kind_of_result() -> None:
-    variants = [{**ROW, "variant": name} for name in ("lazy", TILED, "lazy + chunked + prefetch", "pylomin")]
+    variants = [{**ROW, "variant": name} for name in ("lazy", TILED, "fit, 300MiB", "pylomin")]
     more = {
         "times_needed": SPREAD,
         "time_of_predicted": SPREAD,

@@ -128,7 +128,7 @@ def test_code_in_the_directory_never_runs(directory: Path) -> None:
         ({"state_dict": {"a": torch.ones(1)}}, PassError, "does not take state_dict: use pylomin.load"),
         ({"dtype": "float31"}, PassError, "dtype is 'float31'; expected a floating-point dtype"),
         ({"dtype": torch.int8}, PassError, "dtype is torch.int8"),
-        ({"memory_budget": "1 KiB"}, BudgetError, "memory_budget is 1024"),
+        ({"memory_budget": 64}, BudgetError, "memory_budget is 64"),
         ({"vocab_size": 50}, WeightMismatchError, r"(?s)embed_tokens.weight.*\[99, 32\].*\[50, 32\]"),
     ],
 )
