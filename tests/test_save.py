@@ -19,9 +19,9 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 import pylomin
+from pylomin.residency.plan import PlannedGroup, weight_identity
 from pylomin.store import pieces
 from pylomin.store.dtypes import STORED_DTYPES
-from pylomin.residency.plan import PlannedGroup, weight_identity
 from pylomin.store.open import open_store
 
 TENSORS = {
