@@ -185,11 +185,9 @@ class Contents:
         self._reviewed_s = time.perf_counter()
         weights = [weight for weight in list(self._weights.values()) if not weight.transient]
         kept_bytes = self.memory_budget or 2 * self._largest_bytes
-        mode, self.reading = (
-            self.reading.mode,
-            choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes),
-        )
-        if self.reading.mode != mode:
+        before = self.reading.mode
+        self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+        if self.reading.mode != before:
             self._places.clear()
 
     def _review_reading(self) -> None:
