@@ -1,17 +1,17 @@
 """What does quantising a checkpoint take, and what is left of it?
 
 ``bert`` is a checkpoint in the shape of DistilBERT (0.27 GB): size and error of each scheme. ``large`` (2.6 GB) is
-quantised in a process of its own, from a file that is not cached: memory, and speed beside the speed of the disk. Every
-round first reads the source and writes as much as the result has, plainly, then quantises.
+quantised in a process of its own, from a file that is not cached: memory, and speed beside that of the disk. A round
+quantises, then only reads the source, only writes as much as the result has, and does both at the same time.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
-import resource
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,13 @@ import pylomin
 from benchmarks.common import Spread, run_worker
 from benchmarks.disk import drop_caches
 from benchmarks.suite import parse, save
+from pylomin.errors import StoreWriteError
+from pylomin.io.files import WeightFile
 from pylomin.quantize.packing import SCHEMES
+from pylomin.store.disk import DiskWriter
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
-BLOCK_BYTES = 16 << 20  # 16 MiB
+BLOCK_BYTES = 4 << 20  # 4 MiB
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -87,66 +90,83 @@ def errors_and_sizes(source: Path, directory: Path) -> dict[str, Any]:
     return found
 
 
-def plain_read_s(path: Path) -> float:
-    """Seconds to read a file in large blocks."""
-    drop_caches([path])
-    buffer = bytearray(BLOCK_BYTES)
+def plain_s(source: Path | None, target: Path, nbytes: int) -> float:
+    """Seconds to read a file and, at the same time, to write so many bytes, past the page cache and in large blocks."""
+    drop_caches([] if source is None else [source])
     start = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
-    return time.perf_counter() - start
-
-
-def plain_write_s(path: Path, nbytes: int) -> float:
-    """Seconds to write so many bytes, and to have them on disk."""
-    block = os.urandom(BLOCK_BYTES)
-    start = time.perf_counter()
-    with path.open("wb", buffering=0) as file:
-        for _ in range(-(-nbytes // BLOCK_BYTES)):
-            file.write(block)
-        os.fsync(file.fileno())
+    with ThreadPoolExecutor() as threads:
+        tasks = [] if source is None else [threads.submit(_read, source)]
+        if nbytes:
+            tasks.append(threads.submit(_write, target, nbytes))
+        for task in tasks:
+            task.result()
     elapsed = time.perf_counter() - start
-    path.unlink()
+    target.unlink(missing_ok=True)
     return elapsed
+
+
+def _read(path: Path) -> None:
+    file = WeightFile(path)
+    with mmap.mmap(-1, BLOCK_BYTES) as buffer:
+        for position in range(0, file.size_bytes, BLOCK_BYTES):
+            file.read_direct(position, min(BLOCK_BYTES, file.size_bytes - position), memoryview(buffer))
+    file.close()
+
+
+def _write(path: Path, nbytes: int) -> None:
+    block = memoryview(os.urandom(BLOCK_BYTES))
+    with DiskWriter(str(path.parent), nbytes, StoreWriteError).create(str(path), durable=True) as output:
+        for position in range(0, nbytes, BLOCK_BYTES):
+            output.append(block[: nbytes - position])
 
 
 def work(source: str, target: str, scheme: str) -> None:
     """Quantise once; print time and memory as JSON."""
     # Whatever is made once by the first use of torch is no part of it.
     pylomin.save_store({"w": torch.ones(64, 64)}, target, quantize=scheme, overwrite=True)
-    with open("/proc/self/statm") as file:
-        before_bytes = int(file.read().split()[1]) * resource.getpagesize()
+    before_bytes = _status_bytes("VmRSS")
     start = time.perf_counter()
     pylomin.save_store(source, target, quantize=scheme, overwrite=True)
     elapsed = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(json.dumps({"elapsed_s": elapsed, "added_bytes": max(0, peak_bytes - before_bytes)}))
+    print(json.dumps({"elapsed_s": elapsed, "added_bytes": _status_bytes("VmHWM") - before_bytes}))
+
+
+def _status_bytes(key: str) -> int:
+    """Of this process; the kernel's peak of getrusage would begin with that of the parent."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, text = line.partition(":")
+        if name == key:
+            return int(text.split()[0]) << 10
+    raise SystemExit(f"this benchmark reads {key} from /proc/self/status, which is not there; run it on Linux")
 
 
 def speed_and_memory(source: Path, directory: Path, rounds: int, scheme: str) -> dict[str, Any]:
     """Of quantising a file that is not cached, beside what the disk could do."""
-    target = directory / "quantised.safetensors"
-    times_s, shares, added = [], [], []
-    read_s, write_s = [], []
+    target, plain = directory / "quantised.safetensors", directory / "plain"
+    figures: dict[str, list[float]] = {}
     for _ in range(rounds):
-        read_s.append(plain_read_s(source))
         drop_caches([source])
         worker = json.dumps({"source": str(source), "target": str(target), "scheme": scheme})
-        run = run_worker(["-m", "benchmarks.quantize", "--worker", worker])
-        write_s.append(plain_write_s(directory / "plain", target.stat().st_size))
-        times_s.append(run.report["elapsed_s"])
-        added.append(run.report["added_bytes"])
-        shares.append(max(read_s[-1], write_s[-1]) / times_s[-1])
+        report = run_worker(["-m", "benchmarks.quantize", "--worker", worker]).report
+        nbytes = target.stat().st_size
         target.unlink()
+        read_s, write_s = plain_s(source, plain, 0), plain_s(None, plain, nbytes)
+        both_s = plain_s(source, plain, nbytes)
+        found = {
+            "elapsed_s": report["elapsed_s"],
+            "plain_read_s": read_s,
+            "plain_write_s": write_s,
+            "plain_both_s": both_s,
+            "share_of_slower": max(read_s, write_s) / report["elapsed_s"],
+            "share_of_both": both_s / report["elapsed_s"],
+            "added_bytes": report["added_bytes"],
+        }
+        for name, figure in found.items():
+            figures.setdefault(name, []).append(figure)
     return {
         "source_bytes": source.stat().st_size,
-        "elapsed_s": asdict(Spread.of(times_s)),
-        "plain_read_s": asdict(Spread.of(read_s)),
-        "plain_write_s": asdict(Spread.of(write_s)),
-        "share_of_disk_speed": asdict(Spread.of(shares)),
-        "added_bytes": asdict(Spread.of(added)),
+        "result_bytes": nbytes,
+        **{name: asdict(Spread.of(values)) for name, values in figures.items()},
     }
 
 
@@ -177,7 +197,8 @@ def main() -> None:
     for scheme, found in results["large"].items():
         print(
             f"{scheme:8} {found['source_bytes'] / 1e9:.2f} GB in {found['elapsed_s']['median']:.2f} s, "
-            f"{found['share_of_disk_speed']['median']:.2f} of the disk's speed, "
+            f"{found['share_of_slower']['median']:.2f} of the speed of reading or writing alone, "
+            f"{found['share_of_both']['median']:.2f} of both at the same time, "
             f"{found['added_bytes']['median'] / 2**20:.0f} MiB "
             f"(largest weight: {largest_bytes / 2**20:.0f} MiB)"
         )

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pylomin.errors import OutputExistsError, ScratchError, StoreWriteError
+from pylomin.io.buffers import PRIVATE
+from pylomin.io.direct import refuses, set_direct
 
 _WRITE_BYTES = 1 << 26  # 64 MiB per call: macOS refuses 2 GiB, and Ctrl-C should not wait for long
+_BLOCK_BYTES = 1 << 22  # 4 MiB: direct writes of more were no faster
+_BLOCKS = 3  # one is filled, one is written, and one waits
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _HOW_TO_CHOOSE = {
@@ -92,7 +99,10 @@ class DiskWriter:
         with self.errors():
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            yield GrowingFile(fd, self)
+            output = _DirectFile(fd, self) if durable and set_direct(fd, True) else GrowingFile(fd, self)
+            with contextlib.closing(output):
+                yield output
+                output.finish()
             if durable:
                 with self.errors():
                     os.fsync(fd)
@@ -110,19 +120,97 @@ class GrowingFile:
 
     fd: int
     disk: DiskWriter
-    position: int = 0
+    position: int = field(default=0, init=False)
 
     def append(self, view: memoryview) -> None:
-        with self.disk.errors():
-            write_at(self.fd, self.position, view)
+        """Write ``view`` at the end. When this returns, its memory may change."""
+        self._append(view)
         self.position += len(view)
         self.disk.written_bytes += len(view)
         if self.disk.progress is not None:
             self.disk.progress(self.disk.written_bytes, self.disk.total_bytes)
 
+    def finish(self) -> None:
+        """Return when all is written: nothing more is appended."""
+
     def rewrite_start(self, view: memoryview) -> None:
+        """Replace the first bytes, of which there are as many; nothing is appended after it."""
+        self.finish()
         with self.disk.errors():
             write_at(self.fd, 0, view)
+
+    def close(self) -> None:
+        """Give back what it took to write, whether it was finished or not."""
+
+    def _append(self, view: memoryview) -> None:
+        with self.disk.errors():
+            write_at(self.fd, self.position, view)
+
+
+class _DirectFile(GrowingFile):
+    """Written past the page cache, in blocks, by another thread.
+
+    What is not read again soon has no use for memory; and to find pages for it can take several times as long as the
+    disk takes to write them.
+    """
+
+    def __init__(self, fd: int, disk: DiskWriter) -> None:
+        super().__init__(fd, disk)
+        self._block: mmap.mmap | None = None  # that is being filled
+        self._filled_bytes = 0  # of it
+        self._offset_bytes = 0  # of it in the file
+        self._writes: deque[tuple[Future[None], mmap.mmap]] = deque()  # of the blocks before it
+        self._thread: ThreadPoolExecutor | None = None
+
+    def _append(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            if self._block is None:
+                full = len(self._writes) == _BLOCKS - 1
+                self._block = self._written_block() if full else mmap.mmap(-1, _BLOCK_BYTES, flags=PRIVATE)
+            part = view[done : done + _BLOCK_BYTES - self._filled_bytes]
+            self._block[self._filled_bytes : self._filled_bytes + len(part)] = part
+            self._filled_bytes += len(part)
+            done += len(part)
+            if self._filled_bytes == _BLOCK_BYTES:
+                self._hand_over(self._block)
+
+    def finish(self) -> None:
+        while self._writes:
+            self._written_block()
+        set_direct(self.fd, False)  # the rest is no whole page
+        if self._block is not None:
+            with self.disk.errors():
+                write_at(self.fd, self._offset_bytes, memoryview(self._block)[: self._filled_bytes])
+            self._block = None
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _hand_over(self, block: mmap.mmap) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="pylomin-writer")
+        self._writes.append((self._thread.submit(_write_direct, self.fd, self._offset_bytes, block), block))
+        self._offset_bytes += self._filled_bytes
+        self._block, self._filled_bytes = None, 0
+
+    def _written_block(self) -> mmap.mmap:
+        """The oldest of those that are being written, when it is."""
+        future, block = self._writes.popleft()
+        with self.disk.errors():
+            future.result()
+        return block
+
+
+def _write_direct(fd: int, offset_bytes: int, block: mmap.mmap) -> None:
+    try:
+        write_at(fd, offset_bytes, memoryview(block))
+    except OSError as error:
+        if not refuses(error):
+            raise
+        set_direct(fd, False)
+        write_at(fd, offset_bytes, memoryview(block))
 
 
 def _sized(nbytes: int) -> str:

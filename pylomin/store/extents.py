@@ -158,6 +158,18 @@ def read_extents(pieces: Iterable[tuple[StoredWeight, ReadRequest]]) -> None:
                 raise _naming([request.name for request in requests], error) from error
 
 
+def read_direct(weight: StoredWeight, name: str, offset_bytes: int, nbytes: int, buffer: memoryview) -> None:
+    """Read a piece of a weight past the page cache; see :meth:`~pylomin.io.files.WeightFile.read_direct`.
+
+    Raises:
+        StoreReadError: naming the weight and the file.
+    """
+    try:
+        weight.file.read_direct(weight.extent.start + offset_bytes, nbytes, buffer)
+    except StoreReadError as error:
+        raise _naming([name], error) from error
+
+
 def read_placed(
     file: WeightFile, placement: Placement, names: Sequence[str], buffer: Any, *, drop_cache: bool = False
 ) -> None:

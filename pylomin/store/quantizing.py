@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import IO, TypeVar
 
@@ -28,12 +27,14 @@ from pylomin.store.packed_format import (
     file_digest,
     format_packed,
 )
+from pylomin.store.pieces import made_ahead
 from pylomin.store.quantized import MAX_CHAIN, QuantizedStore
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.writer import WeightToWrite
 
 T = TypeVar("T")
+WRITE_BYTES = 1 << 22  # 4 MiB: handing over less to other threads takes longer than it saves
 
 
 class Rejected(Exception):  # an answer, not an error
@@ -199,7 +200,7 @@ class QuantizingEncoder:
             self._scratch = tempfile.TemporaryFile(dir=self._scratch_directory)  # noqa: SIM115  # see `close`
         file, begin, sizes = self._scratch, self._scratch.seek(0, os.SEEK_END), []
         itemsize, done_bytes = weight.dtype.itemsize, 0
-        for chunk in row_chunks(read_ahead(weight), 1, BLOCK_BYTES // itemsize):
+        for chunk in row_chunks(made_ahead(weight.pieces()), 1, BLOCK_BYTES // itemsize):
             reference = self._reference_rows(weight.name, done_bytes, chunk)
             done_bytes += chunk.nbytes
             values, old = (numbers.view(torch.uint8).view(-1, itemsize) for numbers in (chunk, reference))
@@ -258,11 +259,14 @@ class _EncodedRows:
     _scales: list[torch.Tensor] = field(default_factory=list)
 
     def codes(self) -> Iterator[torch.Tensor]:
+        return _joined(self._codes(), WRITE_BYTES)
+
+    def _codes(self) -> Iterator[torch.Tensor]:
         errors = ErrorSum()
         problem = ""
         done_bytes = 0
         chunk_rows = max(1, BLOCK_BYTES // self.packing.row_bytes)
-        for rows in row_chunks(read_ahead(self.weight), self.packing.matrix_shape[1], chunk_rows):
+        for rows in row_chunks(made_ahead(self.weight.pieces()), self.packing.matrix_shape[1], chunk_rows):
             reference = self.reference_rows(self.weight.name, done_bytes, rows) if self.reference_rows else None
             done_bytes += rows.nbytes
             try:
@@ -275,7 +279,7 @@ class _EncodedRows:
         self.finish(self.weight.name, errors, problem)
 
     def scales(self) -> Iterator[torch.Tensor]:
-        yield from self._scales
+        yield from _joined(iter(self._scales), WRITE_BYTES)
         self._scales.clear()
 
 
@@ -302,29 +306,13 @@ def row_chunks(pieces: Iterator[torch.Tensor], columns: int, chunk_rows: int) ->
         yield begun.view(-1, columns)
 
 
-def read_ahead(weight: WeightToWrite) -> Iterator[torch.Tensor]:
-    """The pieces of a weight, each read by another thread while the one before it is worked on."""
-    pieces = weight.pieces()
-    buffers: list[torch.Tensor | None] = [None, None]
-
-    def fetch(number: int) -> torch.Tensor | None:
-        piece = next(pieces, None)
-        if piece is None or piece.nbytes == weight.nbytes:
-            return piece
-        buffer = buffers[number % 2]
-        if buffer is None or buffer.numel() < piece.numel():
-            buffer = buffers[number % 2] = torch.empty(piece.numel(), dtype=piece.dtype)
-        return buffer[: piece.numel()].copy_(piece.detach().reshape(-1))
-
-    with ThreadPoolExecutor(1, thread_name_prefix="pylomin-read-ahead") as thread:
-        number = 0
-        ahead = thread.submit(fetch, number)
-        while (piece := ahead.result()) is not None:
-            if piece.nbytes == weight.nbytes:  # all there is, not copied; the next is not asked for before it was used
-                yield piece
-                next(pieces, None)
-                return
-            number += 1
-            ahead = thread.submit(fetch, number)
-            yield piece
-            del piece
+def _joined(pieces: Iterator[torch.Tensor], nbytes: int) -> Iterator[torch.Tensor]:
+    """Vectors, joined to at least ``nbytes`` each but for the last."""
+    joined: list[torch.Tensor] = []
+    for piece in pieces:
+        joined.append(piece)
+        if sum(part.nbytes for part in joined) >= nbytes:
+            yield torch.cat(joined)
+            joined.clear()
+    if joined:
+        yield torch.cat(joined)

@@ -17,6 +17,7 @@ from pylomin.store.digests import DIGESTS_KEY, EMPTY_DIGEST, format_digests, lay
 from pylomin.store.disk import DiskWriter, GrowingFile, check_room
 from pylomin.store.dtypes import nbytes_of
 from pylomin.store.header import PREFIX_BYTES, build_header
+from pylomin.store.pieces import PIECE_BYTES, made_ahead
 from pylomin.store.staging import Staging
 from pylomin.store.tensor_bytes import byte_view, contiguous_cpu
 
@@ -34,7 +35,7 @@ class WeightToWrite:
     shape: tuple[int, ...]
     get_values: Callable[[], torch.Tensor | Iterator[torch.Tensor]]
     """Called once: the tensor (any device and strides), or runs of its elements in row-major order, one after the
-    other, each of which is written before the next is asked for."""
+    other, each of which must stay as it is until the next but one is asked for."""
 
     @property
     def nbytes(self) -> int:
@@ -293,11 +294,16 @@ def _write(
 
 def _write_weights(file: FileToWrite, output: GrowingFile, hashing: Executor) -> None:
     output.append(memoryview(file.header))
-    for weight in file.weights:
-        digest = new_digest() if file.digests is not None else None
-        for piece in weight.pieces():
+    digest = new_digest()
+    for batch in made_ahead(_batches(file.weights), one_core=True, beside=_is_small):
+        for weight, piece in batch:
+            if piece is None:
+                if file.digests is not None:
+                    file.digests[weight.name] = digest.hexdigest()
+                digest = new_digest()
+                continue
             view = byte_view(contiguous_cpu(piece, weight.name))
-            if digest is None:
+            if file.digests is None:
                 output.append(view)
             elif len(view) < _MIN_PARALLEL_BYTES:
                 digest.update(view)
@@ -307,8 +313,31 @@ def _write_weights(file: FileToWrite, output: GrowingFile, hashing: Executor) ->
                 output.append(view)
                 hashed.result()
             del piece, view
-        if file.digests is not None and digest is not None:
-            file.digests[weight.name] = digest.hexdigest()
+        batch.clear()  # it must not keep what it held while the next is made
     header = file.final_header()
     if header != file.header:
         output.rewrite_start(memoryview(header))
+
+
+_Batch = list[tuple[WeightToWrite, torch.Tensor | None]]
+
+
+def _is_small(batch: _Batch) -> bool:
+    return sum(piece.nbytes for _, piece in batch if piece is not None) <= PIECE_BYTES
+
+
+def _batches(weights: Sequence[WeightToWrite]) -> Iterator[_Batch]:
+    """The pieces of all weights, with None after the last of each; small weights together."""
+    batch: _Batch = []
+    nbytes = 0
+    for weight in weights:
+        for piece in weight.pieces():
+            batch.append((weight, piece))
+            nbytes += piece.nbytes
+            is_run = piece.nbytes < weight.nbytes  # which what comes after the next may overwrite
+            del piece
+            if is_run or nbytes >= _MIN_PARALLEL_BYTES:
+                yield batch
+                batch, nbytes = [], 0
+        batch.append((weight, None))
+    yield batch

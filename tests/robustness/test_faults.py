@@ -226,8 +226,8 @@ def test_a_read_error_with_a_budget_and_prefetch(
     model = pylomin.prefetch(pylomin.load(lambda: Stack(3), path))
     if layers_in_budget is not None:
         only_residency(model).set_budget(int(layers_in_budget * group_bytes(model)))
-    expected = forward(Stack(3), inputs())
-    forward(model, inputs())
+    expected = forward(model, inputs())
+    torch.testing.assert_close(expected, forward(Stack(3), inputs()))  # tiles of a small budget round differently
     for call in range(1, 8):
         reads.calls, reads.fail = 0, lambda n, call=call: n == call
         kept: list[Exception] = []

@@ -211,7 +211,7 @@ def test_a_model_runs(tmp_path):
             layer.weight.copy_(decode(encoded.packing, encoded.parts))
     words = torch.tensor([[1, 99, 1, 0]])
     with torch.inference_mode():
-        assert torch.equal(lazy(words), plain(words))
+        torch.testing.assert_close(lazy(words), plain(words))  # the budget holds tiles, which round differently
 
 
 # -- reports ----------------------------------------------------------------------------------------------------------

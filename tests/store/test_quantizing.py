@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ import pylomin
 from pylomin.errors import StoreReadError
 from pylomin.quantize.choose import chooser
 from pylomin.quantize.codec import encode
-from pylomin.store.quantizing import QuantizingEncoder, Rejected, read_ahead, row_chunks, write_quantized
+from pylomin.store.pieces import made_ahead
+from pylomin.store.quantizing import QuantizingEncoder, Rejected, row_chunks, write_quantized
 from pylomin.store.saving import SaveOptions, save_weights
 from pylomin.store.writer import WeightToWrite
 
@@ -24,14 +26,17 @@ from .files import open_descriptors, read_tensor, same_bits
 
 
 def reused_pieces(tensor: torch.Tensor, sizes: list[int]) -> Iterator[torch.Tensor]:
-    """Runs of elements in one buffer, which is overwritten with nonsense in between."""
-    flat, buffer, start, number = tensor.reshape(-1), torch.empty(max(sizes, default=1), dtype=tensor.dtype), 0, 0
-    while start < flat.numel():
+    """Runs of elements in two buffers, in turn, each overwritten with nonsense when it is no longer to be used."""
+    flat, start = tensor.reshape(-1), 0
+    buffers = [torch.empty(max(sizes, default=1), dtype=tensor.dtype) for _ in range(2)]
+    for number in itertools.count():
+        buffer = buffers[number % 2].fill_(-1)
+        if start >= flat.numel():
+            return
         piece = buffer[: min(sizes[number % len(sizes)], flat.numel() - start)]
         piece.copy_(flat[start : start + len(piece)])
-        start, number = start + len(piece), number + 1
+        start += len(piece)
         yield piece
-        buffer.fill_(-1)
 
 
 def weight(tensor: torch.Tensor, sizes: list[int]) -> WeightToWrite:
@@ -42,7 +47,7 @@ def weight(tensor: torch.Tensor, sizes: list[int]) -> WeightToWrite:
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 5), st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_chunks_are_whole_rows(rows, columns, chunk_rows, sizes):
     tensor = torch.arange(rows * columns).view(rows, columns)
-    chunks = [chunk.clone() for chunk in row_chunks(read_ahead(weight(tensor, sizes)), columns, chunk_rows)]
+    chunks = [chunk.clone() for chunk in row_chunks(made_ahead(weight(tensor, sizes).pieces()), columns, chunk_rows)]
     assert [len(chunk) for chunk in chunks[:-1]] == [chunk_rows] * (len(chunks) - 1)
     assert all(0 < len(chunk) <= chunk_rows for chunk in chunks)
     assert torch.equal(torch.cat(chunks) if chunks else torch.empty(0, columns, dtype=torch.int64), tensor)

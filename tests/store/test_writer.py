@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import os
 import resource
 import shutil
+import threading
+import time
 import weakref
 from collections import namedtuple
 from pathlib import Path
@@ -21,6 +25,7 @@ from pylomin.errors import (
     WeightMismatchError,
 )
 from pylomin.store.dtypes import STORED_DTYPES
+from pylomin.store.pieces import PIECE_BYTES
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
@@ -119,12 +124,57 @@ class TestResult:
 
         def make() -> torch.Tensor:
             assert all(tensor() is None for tensor in made)
-            tensor = torch.ones(1000)
+            tensor = torch.ones(numel)
             made.append(weakref.ref(tensor))
             return tensor
 
-        write_safetensors(target, [WeightToWrite(str(i), torch.float32, (1000,), make) for i in range(4)])
+        numel = PIECE_BYTES // 4 + 1
+        write_safetensors(target, [WeightToWrite(str(i), torch.float32, (numel,), make) for i in range(4)])
         assert len(made) == 4
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 5000, (4 << 20) - 1, 4 << 20, (9 << 20) + 17])
+    def test_past_the_page_cache(self, target, monkeypatch, nbytes):
+        """Whole blocks, and a rest; where the system refuses, in the middle too, the file is the same."""
+        data = torch.randint(256, (nbytes,), dtype=torch.uint8)
+        sizes = {"small": 100, "data": nbytes, "last": 3}
+        layout = {
+            name: data[:n] if n <= nbytes else torch.full((n,), 7, dtype=torch.uint8) for name, n in sizes.items()
+        }
+        write_safetensors(target, weights(layout), durable=True)
+        plain = target.with_name("plain")
+        write_safetensors(plain, weights(layout))
+        assert target.read_bytes() == plain.read_bytes()
+        pwrite, calls = os.pwrite, itertools.count()
+
+        def refuse_second(fd, data, offset):
+            if next(calls) == 1 and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return pwrite(fd, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", refuse_second)
+        write_safetensors(target, weights(layout), durable=True, overwrite=True)
+        assert target.read_bytes() == plain.read_bytes()
+
+    def test_an_interrupt_while_another_thread_writes(self, target, monkeypatch):
+        pwrite = os.pwrite
+        began = threading.Event()
+
+        def slow(fd, data, offset):
+            began.set()
+            time.sleep(0.05)
+            return pwrite(fd, data, offset)
+
+        def stop() -> torch.Tensor:
+            assert began.wait(10)
+            raise KeyboardInterrupt
+
+        big = WeightToWrite("big", torch.uint8, (9 << 20,), lambda: torch.zeros(9 << 20, dtype=torch.uint8))
+        before = open_descriptors()
+        monkeypatch.setattr(os, "pwrite", slow)
+        with pytest.raises(KeyboardInterrupt):
+            write_safetensors(target, [big, WeightToWrite("w", torch.uint8, (1,), stop)], durable=True)
+        assert_untouched(target, before)
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("pylomin")]
 
 
 class TestExistingTarget:
