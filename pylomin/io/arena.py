@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import mmap
 
+LARGE = 4  # blocks of more than this part of the arena; few of them fit at one time
+
 
 class Arena:
-    """Bookkeeping of what is free in ``memory``: first fit, and neighbours that are free become one.
+    """Bookkeeping of what is free in ``memory``: neighbours that are free become one.
 
     What streams through a window comes and goes in about the same order, so there is always a large free stretch; a
-    list of free blocks would rarely hold one of the right size. Not thread-safe.
+    list of free blocks would rarely hold one of the right size. Small blocks are taken from the beginning and large
+    ones from the end: a large one that comes after small ones would otherwise lie in the middle when these have gone,
+    with no room for another on either side. Not thread-safe.
 
     Args:
         memory: pages; ``nbytes`` of them are used.
@@ -26,11 +30,15 @@ class Arena:
 
     def take(self, nbytes: int) -> int | None:
         """Where ``nbytes`` that were free begin; None where no free stretch is that long."""
-        for i, (start, stop) in enumerate(self._free):
+        numbers = range(len(self._free))
+        is_large = nbytes * LARGE > self.nbytes
+        for i in reversed(numbers) if is_large else numbers:
+            start, stop = self._free[i]
             if stop - start >= nbytes:
-                rest = [(start + nbytes, stop)] if stop - start > nbytes else []
-                self._free[i : i + 1] = rest
-                return start
+                first = stop - nbytes if is_large else start
+                around = ((start, first), (first + nbytes, stop))
+                self._free[i : i + 1] = [stretch for stretch in around if stretch[0] < stretch[1]]
+                return first
         return None
 
     def give(self, offset: int, nbytes: int) -> None:
