@@ -58,6 +58,10 @@ def within_budget(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: no" for name, kept in row["within_budget"].items() if not kept) or "yes"
 
 
+def largest_mebibytes(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key]['largest'] / (1 << 20):,.0f} MiB" if key in row else NOTHING
+
+
 PASS_S = median("pass_s", "{:.3g} s", spread=True)
 SHARE = median("share_of_resident", "{:.0%}", spread=True)
 DIFFERENCE = value("difference", "{:.2g}")
@@ -152,6 +156,53 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *BUDGET,
         *MODE,
         ("largest difference", DIFFERENCE),
+    ],
+    "onramps": [
+        ("opened in", median("opening_s", "{:.1f} ms", factor=1e3)),
+        ("read to open", lambda row: f"{row['opening_bytes_read'] / 1024:,.0f} KiB"),
+        ("a pass takes", median("forward_s", "{:.3g} s")),
+        ("× safetensors", median("times_safetensors", "{:.2f}", spread=True)),
+        ("process grows by", mebibytes("peak_growth_bytes")),
+    ],
+    "export_onnx": [
+        ("time of the processor", value("export_cpu_s", "{:.1f} s")),
+        ("with imports", value("process_cpu_s", "{:.1f} s")),
+        ("peak of the process", mebibytes("peak_bytes")),
+        ("weights read", mebibytes("bytes_read")),
+        ("the file has", lambda row: f"{row['onnx_bytes'] / 1e6:.2f} MB"),
+        ("largest difference", value("largest_difference", "{:.1e}")),
+        ("of logits up to", value("largest_logit", "{:.2g}")),
+    ],
+    "save": [
+        ("takes", median("elapsed_s", "{:.2f} s", spread=True)),
+        ("× plain copy", median("times_copy", "{:.2f}", spread=True)),
+        ("time of the processor", median("cpu_s", "{:.2f} s")),
+        ("process grows by", mebibytes("added_bytes")),
+    ],
+    "from_pretrained": [
+        ("weights", mebibytes("checkpoint_bytes")),
+        ("largest", mebibytes("largest_tensor_bytes")),
+        ("load", mebibytes("load_added_bytes")),
+        ("and run", mebibytes("load_and_run_added_bytes")),
+        ("and save_model", mebibytes("load_and_write_added_bytes")),
+        ("and save_pretrained", mebibytes("load_and_save_added_bytes")),
+        ("transformers' own load", mebibytes("load_with_transformers_added_bytes")),
+    ],
+    "quantize": [
+        ("size", lambda row: f"{row['result_bytes'] / 1e9:.4f} GB"),
+        ("times smaller", value("times_smaller", "{:.2f}")),
+        ("relative RMS error of a weight", median("rms_error", "{:.3%}", spread=True)),
+        ("takes", median("elapsed_s", "{:.2f} s", spread=True)),
+        ("share of the slower of reading and writing", median("share_of_slower", "{:.2f}", spread=True)),
+        ("of both at the same time", median("share_of_both", "{:.2f}", spread=True)),
+        ("process grows by", lambda row: largest_mebibytes(row, "added_bytes")),
+    ],
+    "training_checkpoints": [
+        ("times smaller", value("times_smaller", "{:.1f}")),
+        ("RMS error", value("rms_error", "{:.1e}")),
+        ("relative", value("relative_rms_error", "{:.1e}")),
+        ("times as long as one copy", median("times_copy", "{:.2f}", spread=True)),
+        ("", value("found", "{}")),
     ],
     "fit": [
         ("time of a token", PASS_S),

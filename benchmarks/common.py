@@ -201,6 +201,21 @@ def read_rate(*paths: Path) -> float:
     return sum(path.stat().st_size for path in paths) / (time.perf_counter() - start)
 
 
+def status_bytes(field: str) -> int:
+    """A field of ``/proc/self/status``: ``VmRSS`` is resident now, ``VmHWM`` the most since the program began.
+
+    Not getrusage, whose peak begins with that of the parent process.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            name, _, text = line.partition(":")
+            if name == field:
+                return int(text.split()[0]) << 10
+    except OSError:
+        pass
+    raise SystemExit(f"this benchmark reads {field} from /proc/self/status, which is not there; run it on Linux")
+
+
 def write_result(path: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``results`` with all that is needed to repeat them, as JSON; return the document."""
     document = {

@@ -7,11 +7,9 @@ logits are compared with those of the offloaded model.
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +17,55 @@ import torch
 
 import pylomin
 from benchmarks.checkpoints import random_checkpoint
-from benchmarks.common import ROOT, run_worker, write_result
-from benchmarks.tables import RESULTS
+from benchmarks.common import run_worker, status_bytes
+from benchmarks.suite import finish, parse, save
 
+SHARED = {"num_attention_heads": 32, "num_key_value_heads": 4}
 SIZES = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 9,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
+    "full": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 9, **SHARED},
+    "tiny": {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, **SHARED},
 }
+NEEDED_BYTES = 5 << 29  # 2.5 GiB
 TOKENS = 16
 
 
-def build() -> torch.nn.Module:
-    """The model of ``SIZES``."""
+def build(sizes: Mapping[str, int]) -> torch.nn.Module:
+    """A model of ``SIZES``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**SIZES, use_cache=False)).eval()
+    model: torch.nn.Module = LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False)).eval()
     return model
 
 
-def tokens() -> torch.Tensor:
+def tokens(sizes: Mapping[str, int]) -> torch.Tensor:
     """The example input."""
-    return torch.randint(SIZES["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    return torch.randint(sizes["vocab_size"], (1, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def export(checkpoint: Path) -> dict[str, Any]:
+def export(checkpoint: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Export, and say how long it took."""
-    model = pylomin.load(build, checkpoint)
+    model = pylomin.load(lambda: build(sizes), checkpoint)
     start_s, cpu_start_s = time.perf_counter(), time.process_time()
-    pylomin.export_onnx(model, (tokens(),), onnx_path(checkpoint), overwrite=True)
+    pylomin.export_onnx(model, (tokens(sizes),), onnx_path(checkpoint), overwrite=True)
     return {
         "export_s": time.perf_counter() - start_s,
         "export_cpu_s": time.process_time() - cpu_start_s,
         "process_cpu_s": time.process_time(),
         "bytes_read": pylomin.stats(model).bytes_read,
+        "peak_bytes": status_bytes("VmHWM"),
     }
 
 
-def compare(checkpoint: Path) -> dict[str, Any]:
+def compare(checkpoint: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The largest difference of the logits of onnxruntime from those of torch."""
     import onnxruntime
 
-    model = pylomin.load(build, checkpoint)
+    model = pylomin.load(lambda: build(sizes), checkpoint)
     with torch.inference_mode():
-        expected = model(tokens()).logits
+        expected = model(tokens(sizes)).logits
     del model
     session = onnxruntime.InferenceSession(onnx_path(checkpoint))
-    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: tokens().numpy()})[0])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: tokens(sizes).numpy()})[0])
     return {
         "largest_difference": float((found - expected).abs().max()),
         "largest_logit": float(expected.abs().max()),
@@ -82,39 +79,42 @@ def onnx_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".onnx")
 
 
+WORKERS = {"export": export, "compare": compare}
+
+
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--publish", action="store_true", help="result to docs/results")
-    parser.add_argument("--directory", type=Path, default=ROOT / ".demo" / "export", help="for the checkpoint")
-    parser.add_argument("--worker", choices=("export", "compare"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    checkpoint = arguments.directory / "model.safetensors"
-    if arguments.worker:
-        print(json.dumps({"export": export, "compare": compare}[arguments.worker](checkpoint)))
+    options = parse("export_onnx", __doc__, rounds=1, limit_s=300)
+    options.make_room("export_onnx", NEEDED_BYTES)
+    sizes, directory = SIZES[options.size], options.directory("export_onnx")
+    checkpoint = directory / "model.safetensors"
+    if options.worker:
+        print(json.dumps(WORKERS[options.worker["step"]](checkpoint, sizes)))
         return
-    random_checkpoint(build, f"export_onnx {SIZES}", checkpoint)
-    command = ["-m", "benchmarks.export_onnx", "--directory", str(arguments.directory.resolve()), "--worker"]
-    exported = run_worker([*command, "export"]).report
-    # Of the one child so far; in KiB, but for macOS, which counts bytes.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    results = {
+    random_checkpoint(lambda: build(sizes), f"export_onnx {sizes}", checkpoint)
+
+    def run(step: str) -> dict[str, Any]:
+        worker = json.dumps({"step": step})
+        return run_worker(["-m", "benchmarks.export_onnx", "--size", options.size, "--worker", worker]).report
+
+    exported = run("export")
+    row = {
+        "variant": "export_onnx",
         **exported,
-        "peak_bytes": peak if sys.platform == "darwin" else peak << 10,
         "weight_bytes": checkpoint.stat().st_size,
         "onnx_bytes": onnx_path(checkpoint).stat().st_size,
-        "files": sorted(path.name for path in arguments.directory.iterdir()),
-        **run_worker([*command, "compare"]).report,
+        "files": sorted(path.name for path in directory.iterdir()),
+        **run("compare"),
     }
-    path = (RESULTS if arguments.publish else arguments.output) / "export_onnx.json"
-    write_result(path, {**SIZES, "dtype": "float32", "tokens": TOKENS}, results)
-    print(
-        f"{results['weight_bytes'] / 1e9:.2f} GB of weights exported in {results['process_cpu_s']:.0f} s of CPU and "
-        f"{results['peak_bytes'] / 2**20:.0f} MiB; the file has {results['onnx_bytes'] / 1e6:.1f} MB; largest "
-        f"difference {results['largest_difference']:.1e} of {results['largest_logit']:.1e}."
-    )
-    print(f"Written: {path}")
+    settings = {
+        "model": f"LlamaForCausalLM, {sizes['num_hidden_layers']} layers, hidden size {sizes['hidden_size']}",
+        "checkpoint_bytes": row["weight_bytes"],
+        "input": f"{TOKENS} tokens",
+        "file_state": "cached",
+        "rounds": 1,
+    }
+    save(options, settings, {"rows": [row]})
+    finish(options, {})
 
 
 if __name__ == "__main__":

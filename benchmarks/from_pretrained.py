@@ -7,9 +7,7 @@ resident memory is compared with that of one which only imports the same modules
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +17,8 @@ from typing import Any
 import torch
 
 import pylomin
-from benchmarks.common import ROOT, run_worker, write_result
+from benchmarks.common import run_worker, status_bytes
+from benchmarks.suite import finish, parse, save
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -29,6 +28,7 @@ SHAPES: dict[str, dict[str, int]] = {
 SHARDS = 4
 EXPERTS = 8
 ALLOWED_BYTES = 64 << 20  # beside twice the largest tensor
+NEEDED_BYTES = 8 << 30
 
 
 def config_of(kind: str, size: str) -> Any:
@@ -88,13 +88,6 @@ def write_checkpoint(kind: str, size: str, directory: Path) -> Path:
     return path
 
 
-def peak_rss_bytes() -> int:
-    """The most that was resident so far, as the kernel counts it."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
-
-
 def prepare(path: Path) -> Any:
     """Everything that all workers import."""
     import transformers
@@ -132,13 +125,20 @@ def load_and_save(path: Path) -> None:
     shutil.rmtree(path / "saved")
 
 
+def load_and_write(path: Path) -> None:
+    """pylomin.from_pretrained, then pylomin.save_model, which holds one weight at a time."""
+    pylomin.save_model(pylomin.from_pretrained(prepare(path), path), path / "written")
+    shutil.rmtree(path / "written")
+
+
 def load_with_transformers(path: Path) -> None:
     """Transformers' own from_pretrained."""
     prepare(path).from_pretrained(path)
 
 
 WORKERS: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (imports, load, load_and_run, load_and_save, load_with_transformers)
+    function.__name__: function
+    for function in (imports, load, load_and_run, load_and_write, load_and_save, load_with_transformers)
 }
 
 
@@ -146,7 +146,7 @@ def work(name: str, path: Path) -> dict[str, Any]:
     """What a process reports of itself."""
     torch.set_num_threads(1)
     WORKERS[name](path)
-    return {"peak_rss_bytes": peak_rss_bytes()}
+    return {"peak_rss_bytes": status_bytes("VmHWM")}
 
 
 def measure(kind: str, size: str, directory: Path) -> dict[str, Any]:
@@ -155,49 +155,44 @@ def measure(kind: str, size: str, directory: Path) -> dict[str, Any]:
     weights = list(stored_weights(config_of(kind, size)))
     sizes = [2 * torch.Size(shape).numel() for _, shape in weights]
     runs = {
-        name: run_worker(["-m", "benchmarks.from_pretrained", "--worker", name, str(path)]).report for name in WORKERS
+        name: run_worker(
+            ["-m", "benchmarks.from_pretrained", "--worker", json.dumps({"name": name, "path": str(path)})]
+        ).report
+        for name in WORKERS
     }
-    base_bytes = runs["imports"]["peak_rss_bytes"]
+    base_bytes = runs.pop("imports")["peak_rss_bytes"]
     row: dict[str, Any] = {
-        "checkpoint": kind,
+        "variant": kind,
         "tensors": len(sizes),
         "checkpoint_bytes": sum(sizes),
         "largest_tensor_bytes": max(sizes),
         "allowed_bytes": 2 * max(sizes) + ALLOWED_BYTES,
-        "imports_peak_rss_bytes": base_bytes,
     }
-    for name, report in runs.items():
-        if name != "imports":
-            row[f"{name}_added_bytes"] = report["peak_rss_bytes"] - base_bytes
-    return row
+    return row | {f"{name}_added_bytes": report["peak_rss_bytes"] - base_bytes for name, report in runs.items()}
 
 
 def main() -> None:
     """Measure all kinds of checkpoints and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=list(SHAPES), default="full")
-    parser.add_argument("--kinds", nargs="+", default=["single", "sharded", "experts"])
-    parser.add_argument("--directory", type=Path, default=ROOT / ".demo" / "from_pretrained")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--worker", nargs=2, metavar=("NAME", "PATH"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker is not None:
-        print(json.dumps(work(arguments.worker[0], Path(arguments.worker[1]))))
+    options = parse("from_pretrained", __doc__, rounds=1, limit_s=600)
+    if options.worker:
+        print(json.dumps(work(options.worker["name"], Path(options.worker["path"]))))
         return
     rows = []
-    for kind in arguments.kinds:
-        row = measure(kind, arguments.size, arguments.directory)
-        rows.append(row)
-        added = {name: f"{value / (1 << 20):.1f}" for name, value in row.items() if name.endswith("_added_bytes")}
-        print(f"{kind}: {row['checkpoint_bytes'] / 1e9:.2f} GB, allowed {row['allowed_bytes'] / (1 << 20):.1f} MiB:")
-        print("  MiB over imports:", ", ".join(f"{name.removesuffix('_added_bytes')} {v}" for name, v in added.items()))
-    settings = {"size": arguments.size, "shapes": SHAPES[arguments.size], "shards": SHARDS, "experts": EXPERTS}
-    path = arguments.output / "from_pretrained.json"
-    write_result(path, settings, {"rows": rows})
-    print(f"Written: {path}")
-    failed = [row["checkpoint"] for row in rows if row["load_added_bytes"] > row["allowed_bytes"]]
-    if failed:
-        raise SystemExit(f"more memory than allowed: {', '.join(failed)}")
+    for kind in ("single", "sharded", "experts"):
+        options.make_room("from_pretrained", NEEDED_BYTES)
+        rows.append(measure(kind, options.size, options.directory("from_pretrained")))
+    shape = SHAPES[options.size]
+    settings = {
+        "model": f"LlamaForCausalLM, {shape['num_hidden_layers']} layers, hidden size {shape['hidden_size']}, in "
+        f"bfloat16, in one file or {SHARDS}; MixtralForCausalLM with {EXPERTS} experts, stored one by one",
+        "input": "8 tokens where it runs",
+        "file_state": "cached",
+        "rounds": 1,
+    }
+    save(options, settings, {"rows": rows})
+    ours = [f"{name}_added_bytes" for name in ("load", "load_and_run", "load_and_write")]
+    failed = [row["variant"] for row in rows if max(row[name] for name in ours) > row["allowed_bytes"]]
+    finish(options, dict.fromkeys(failed, "more memory than allowed"), required=failed)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,37 @@ def _farthest_prediction(result: Result) -> float:
     return float(max(max(ratio, 1 / ratio) for ratio in ratios))
 
 
+def _of_first(key: str) -> Callable[[Result], float]:
+    return lambda result: float(result["rows"][0][key])
+
+
+def _writers_share(result: Result) -> float:
+    return float(max(row["added_bytes"] for row in result["rows"])) / float(result["settings"]["allowed_bytes"])
+
+
+def _smaller(difference: str) -> Callable[[Result], float]:
+    return lambda result: float(_row(result, f"difference, {difference}")["times_smaller"])
+
+
+def _speed(result: Result, scheme: str, peer: str) -> float:
+    """How many times as fast as a peer, at the first budget, which is that of the container they share."""
+    pairs = (pair for pair in result["speed_ratios"] if pair.startswith(f"{scheme},") and pair.endswith(f"/ {peer}"))
+    return float(result["speed_ratios"][next(pairs)]["median"])
+
+
+def _int8_times(result: Result) -> float:
+    return _speed(result, "int8", "transformers, memory-mapped")
+
+
+def _int8_row_times(result: Result) -> float:
+    return _speed(result, "int8-row", "transformers, memory-mapped")
+
+
+def _int8_row_over_llama_cpp(result: Result) -> float:
+    return 1 / _speed(result, "int8-row", "llama.cpp Q8_0")
+
+
+OUR_STEPS = ("load", "load_and_run", "load_and_write")  # of benchmarks.from_pretrained; the others are transformers'
 GE, LE = operator.ge, operator.le
 TILED = "lazy + 4 MiB tiles"
 GOALS = (
@@ -146,6 +177,97 @@ GOALS = (
     ),
     Goal("moe", "mixture of experts: bytes read ÷ needed", _of("pylomin", "times_needed"), LE, 1.05, "{:.3f}"),
     Goal("big_linear", "1 GiB layer, 64 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
+    Goal("onramps", "2 GB torch .bin: opened in", _of("torch zip", "opening_s"), LE, 0.5, "{:.3f} s"),
+    Goal("onramps", "then × the time of safetensors", _of("torch zip", "times_safetensors"), LE, 1.05, "{:.2f}"),
+    Goal(
+        "onramps",
+        "memory of every on-ramp ÷ (2 × largest + 64 MiB)",
+        lambda r: max(row["peak_growth_bytes"] for row in r["rows"]) / r["settings"]["limit_bytes"],
+        LE,
+        1,
+        "{:.2f}",
+    ),
+    Goal(
+        "from_pretrained",
+        "the same, from_pretrained and save_model",
+        lambda r: max(row[f"{step}_added_bytes"] / row["allowed_bytes"] for row in r["rows"] for step in OUR_STEPS),
+        LE,
+        1,
+        "{:.2f}",
+    ),
+    Goal("save", "the same, writers", _writers_share, LE, 1, "{:.2f}"),
+    Goal("export_onnx", "ONNX export of 2 GB: CPU", _of_first("process_cpu_s"), LE, 60, "{:.0f} s"),
+    Goal("export_onnx", "its memory", lambda r: _of_first("peak_bytes")(r) / 2**20, LE, 1024, "{:.0f} MiB"),
+    Goal("export_onnx", "its file", lambda r: _of_first("onnx_bytes")(r) / 1e6, LE, 5, "{:.1f} MB"),
+    Goal(
+        "quantize",
+        "DistilBERT as int8",
+        lambda r: _row(r, "DistilBERT, int8")["result_bytes"] / 1e9,
+        LE,
+        0.072,
+        "{:.4f} GB",
+    ),
+    Goal(
+        "quantize",
+        "its relative RMS error, of a weight",
+        lambda r: 100 * _row(r, "DistilBERT, int8")["rms_error"]["largest"],
+        LE,
+        0.6,
+        "{:.2f} %",
+    ),
+    Goal(
+        "quantize",
+        "2.7 GB to int8: share of the disk's speed",
+        _of("decoder, int8", "share_of_slower"),
+        GE,
+        0.7,
+        "{:.2f}",
+    ),
+    Goal(
+        "quantize",
+        "its memory ÷ (2 × largest + 64 MiB)",
+        lambda r: _row(r, "decoder, int8")["added_bytes"]["largest"] / r["settings"]["allowed_bytes"],
+        LE,
+        1,
+        "{:.2f}",
+    ),
+    Goal("quantized_decode", "int8, 800 MiB: × float32 transformers, memory-mapped", _int8_times, GE, 10, "{:.1f}"),
+    Goal("quantized_decode", "int8-row: the same", _int8_row_times, GE, 20, "{:.1f}"),
+    Goal("quantized_decode", "int8-row: time × llama.cpp Q8_0", _int8_row_over_llama_cpp, LE, 1.5, "{:.2f}"),
+    Goal(
+        "quantized_decode",
+        "never slower than float32 (1: so)",
+        lambda r: float(r["never_slower_than_float32"]),
+        GE,
+        1,
+        "{:.0f}",
+    ),
+    Goal("training_checkpoints", "int4 difference: times smaller", _smaller("int4"), GE, 7, "{:.1f}"),
+    Goal(
+        "training_checkpoints",
+        "its RMS error",
+        lambda r: float(_row(r, "difference, int4")["rms_error"]),
+        LE,
+        2e-5,
+        "{:.1e}",
+    ),
+    Goal("training_checkpoints", "exact, bfloat16: times smaller", _smaller("exact, bfloat16"), GE, 6, "{:.1f}"),
+    Goal(
+        "training_checkpoints",
+        "training waits: × one copy of the state",
+        _of("training waits for a save", "times_copy"),
+        LE,
+        1.1,
+        "{:.2f}",
+    ),
+    Goal(
+        "training_checkpoints",
+        "restored after kill -9",
+        lambda r: r["kills"]["restored"] / r["kills"]["kills"],
+        GE,
+        1,
+        "{:.0%}",
+    ),
     Goal("fit", "fit: measured against predicted, farthest", _farthest_prediction, LE, 1.15, "{:.2f}"),
 )
 

@@ -1,16 +1,15 @@
-"""Time to open, bytes read and peak memory for a checkpoint of each format: ``python -m benchmarks.onramps``."""
+"""How long does opening a checkpoint of each format take, how much does it read, and what memory does a pass take?"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,19 @@ from torch import nn
 
 import pylomin
 from benchmarks.checkpoints import accelerate_folder, random_checkpoint
-from benchmarks.common import ROOT, WorkerError, run_worker, write_result
+from benchmarks.common import Spread, WorkerError, run_worker, status_bytes
+from benchmarks.suite import Options, finish, parse, save
 
-WIDTH = 4096
-LAYERS = 32
-LAYER_BYTES = WIDTH * WIDTH * 4  # 64 MiB
-LIMIT_BYTES = 2 * LAYER_BYTES + (64 << 20)
+SIZES = {"full": (4096, 32), "tiny": (256, 3)}  # width and number of the layers
+ALLOWED_BYTES = 64 << 20  # beside twice the largest tensor
+NEEDED_BYTES = 5 << 30
 FORWARDS = 3
 SAFETENSORS = "safetensors"
 
 
-def build() -> nn.Sequential:
-    """32 layers of 64 MiB: 2 GiB."""
-    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+def build(width: int, layers: int) -> nn.Sequential:
+    """Layers, of 64 MiB each at full size."""
+    return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(layers)])
 
 
 def _weights(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -136,21 +135,21 @@ ON_RAMPS: dict[str, OnRamp] = {
 }
 
 
-def measure(name: str, path: Path) -> dict[str, Any]:
+def measure(name: str, path: Path, width: int, layers: int) -> dict[str, Any]:
     """Open, load and run in this process, which does nothing else. Memory is what the kernel counts (VmHWM)."""
     as_source = ON_RAMPS[name][1]
     torch.set_num_threads(1)
     with torch.no_grad():
         # What the first use of everything takes is not the checkpoint's.
         pylomin.load(lambda: nn.Linear(2, 2), nn.Linear(2, 2).state_dict())(torch.ones(1, 2))
-        x = torch.linspace(-1, 1, WIDTH)[None]
+        x = torch.linspace(-1, 1, width)[None]
         source = as_source(path)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         read_before, start = _bytes_read(), time.perf_counter()
         store = pylomin.open_store(source)
         opening_s, opening_bytes = time.perf_counter() - start, _bytes_read() - read_before
-        model = pylomin.load(build, store)
+        model = pylomin.load(lambda: build(width, layers), store)
         loading_bytes = _bytes_read() - read_before
         times_s = []
         for _ in range(FORWARDS):
@@ -161,18 +160,11 @@ def measure(name: str, path: Path) -> dict[str, Any]:
         "opening_s": opening_s,
         "opening_bytes_read": opening_bytes,
         "loading_bytes_read": loading_bytes,
-        "peak_growth_bytes": _status("VmHWM") - before,
-        "peak_bytes": _status("VmHWM"),
+        "peak_growth_bytes": status_bytes("VmHWM") - before,
+        "peak_bytes": status_bytes("VmHWM"),
         "forward_s": statistics.median(times_s),
         "output": output.double().sum().item(),
     }
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    raise LookupError(field)
 
 
 def _bytes_read() -> int:
@@ -182,40 +174,51 @@ def _bytes_read() -> int:
 
 def main() -> None:
     """Measure each format in processes of its own, and write the results; fail if one takes more than the limit."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="processes for each format, in turn with safetensors")
-    parser.add_argument("--directory", type=Path, help="where to write checkpoints; default: a temporary directory")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "onramps.json")
-    parser.add_argument("--measure", nargs=2, metavar=("NAME", "PATH"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]))))
+    options = parse("onramps", __doc__, rounds=3, limit_s=800)
+    width, layers = SIZES[options.size]
+    if options.worker:
+        print(json.dumps(measure(options.worker["name"], Path(options.worker["path"]), width, layers)))
         return
-    if unknown := set(arguments.names) - ON_RAMPS.keys():
-        parser.error(f"no format {', '.join(sorted(unknown))}; there are {', '.join(ON_RAMPS)}")
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-        checkpoint = random_checkpoint(build, f"{LAYERS} x {WIDTH}", Path(scratch) / "model.safetensors")
-        names = arguments.names or ON_RAMPS
-        results = {name: _compare(name, checkpoint, Path(scratch), arguments.rounds) for name in names}
-    settings = {"layers": LAYERS, "layer_bytes": LAYER_BYTES, "limit_bytes": LIMIT_BYTES, "rounds": arguments.rounds}
-    write_result(arguments.output, settings, {"cache": "warm", "formats": results})
-    failed = [name for name, result in results.items() if not result.get("within_limit")]
-    if failed:
-        raise SystemExit(f"above {LIMIT_BYTES} bytes, wrong or failed: {', '.join(failed)}")
+    options.make_room("onramps", NEEDED_BYTES)
+    directory = options.directory("onramps")
+    checkpoint = random_checkpoint(lambda: build(width, layers), f"{layers} x {width}", directory / "model.safetensors")
+    limit_bytes = 2 * width * width * 4 + ALLOWED_BYTES
+    rows = [
+        {"variant": name, **_compare(options, name, checkpoint, directory / "format", limit_bytes)} for name in ON_RAMPS
+    ]
+    settings = {
+        "model": f"{layers} linear layers of {width * width * 4 >> 20} MiB",
+        "input": "batch 1",
+        "file_state": "cached",
+        "checkpoint_bytes": layers * width * width * 4,
+        "limit_bytes": limit_bytes,
+        "rounds": options.rounds,
+    }
+    save(options, settings, {"rows": rows})
+    wrong = {
+        row["variant"]: row.get("error", f"grows by more than {limit_bytes} bytes")
+        for row in rows
+        if not row.get("within_limit")
+    }
+    finish(options, wrong, required=wrong)
 
 
-def _compare(name: str, checkpoint: Path, scratch: Path, rounds: int) -> dict[str, Any]:
+def _compare(options: Options, name: str, checkpoint: Path, directory: Path, limit_bytes: int) -> dict[str, Any]:
     print(f"--- {name}", flush=True)
     write, _, exact = ON_RAMPS[name]
-    directory = scratch / "format"
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
+
+    def run(of: str, path: Path) -> dict[str, Any]:
+        worker = json.dumps({"name": of, "path": str(path)})
+        return run_worker(["-m", "benchmarks.onramps", "--size", options.size, "--worker", worker]).report
+
     try:
         path = write(checkpoint, directory)
         runs, ratios = [], []
-        for _ in range(rounds):
-            reference = _run(SAFETENSORS, checkpoint)
-            runs.append(_run(name, path))
+        for _ in range(options.rounds):
+            reference = run(SAFETENSORS, checkpoint)
+            runs.append(run(name, path))
             ratios.append(runs[-1]["forward_s"] / reference["forward_s"])
             if exact and runs[-1]["output"] != reference["output"]:
                 return {"error": f"output {runs[-1]['output']}, not {reference['output']}"}
@@ -224,22 +227,17 @@ def _compare(name: str, checkpoint: Path, scratch: Path, rounds: int) -> dict[st
         return {"error": str(error).splitlines()[-1]}
     finally:
         shutil.rmtree(directory)
-    peak_bytes = max(run["peak_growth_bytes"] for run in runs)
+    peak_bytes = max(one["peak_growth_bytes"] for one in runs)
     result = {
-        "opening_s": statistics.median(run["opening_s"] for run in runs),
-        "opening_bytes_read": max(run["opening_bytes_read"] for run in runs),
-        "loading_bytes_read": max(run["loading_bytes_read"] for run in runs),
+        "opening_s": asdict(Spread.of([one["opening_s"] for one in runs])),
+        "opening_bytes_read": max(one["opening_bytes_read"] for one in runs),
+        "loading_bytes_read": max(one["loading_bytes_read"] for one in runs),
         "peak_growth_bytes": peak_bytes,
-        "within_limit": peak_bytes <= LIMIT_BYTES,
-        "forward_s": statistics.median(run["forward_s"] for run in runs),
-        "forward_to_safetensors": [min(ratios), statistics.median(ratios), max(ratios)],
+        "within_limit": peak_bytes <= limit_bytes,
+        "forward_s": asdict(Spread.of([one["forward_s"] for one in runs])),
+        "times_safetensors": asdict(Spread.of(ratios)),
     }
-    print(json.dumps(result), flush=True)
     return result
-
-
-def _run(name: str, path: Path) -> dict[str, Any]:
-    return run_worker(["-m", "benchmarks.onramps", "--measure", name, str(path)]).report
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import pylomin
-from benchmarks.common import Spread, run_worker
+from benchmarks.common import Spread, run_worker, status_bytes
 from benchmarks.disk import drop_caches
-from benchmarks.suite import parse, save
+from benchmarks.suite import finish, parse, save
 from pylomin.errors import StoreWriteError
 from pylomin.io.files import WeightFile
 from pylomin.quantize.packing import SCHEMES
@@ -30,6 +30,7 @@ from pylomin.store.disk import DiskWriter
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
 BLOCK_BYTES = 4 << 20  # 4 MiB
+ALLOWED_BYTES = 64 << 20  # beside twice the largest weight
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -75,19 +76,22 @@ def write_random(path: Path, shapes: Shapes) -> None:
     write_safetensors(path, weights, metadata={"format": "pt"}, overwrite=True)
 
 
-def errors_and_sizes(source: Path, directory: Path) -> dict[str, Any]:
-    """For each scheme."""
-    found = {}
+def errors_and_sizes(source: Path, directory: Path) -> list[dict[str, Any]]:
+    """A row for each scheme."""
+    rows = []
     for scheme in SCHEMES:
         path = pylomin.save_store(source, directory / f"{scheme}.safetensors", quantize=scheme, overwrite=True)
         errors = [entry.rms_error for entry in pylomin.quantization_report(path).values()]
-        found[scheme] = {
-            "bytes": path.stat().st_size,
-            "times_smaller": source.stat().st_size / path.stat().st_size,
-            "rms_error": asdict(Spread.of(errors)),
-        }
+        rows.append(
+            {
+                "variant": f"DistilBERT, {scheme}",
+                "result_bytes": path.stat().st_size,
+                "times_smaller": source.stat().st_size / path.stat().st_size,
+                "rms_error": asdict(Spread.of(errors)),
+            }
+        )
         path.unlink()
-    return found
+    return rows
 
 
 def plain_s(source: Path | None, target: Path, nbytes: int) -> float:
@@ -124,20 +128,11 @@ def work(source: str, target: str, scheme: str) -> None:
     """Quantise once; print time and memory as JSON."""
     # Whatever is made once by the first use of torch is no part of it.
     pylomin.save_store({"w": torch.ones(64, 64)}, target, quantize=scheme, overwrite=True)
-    before_bytes = _status_bytes("VmRSS")
+    before_bytes = status_bytes("VmRSS")
     start = time.perf_counter()
     pylomin.save_store(source, target, quantize=scheme, overwrite=True)
     elapsed = time.perf_counter() - start
-    print(json.dumps({"elapsed_s": elapsed, "added_bytes": _status_bytes("VmHWM") - before_bytes}))
-
-
-def _status_bytes(key: str) -> int:
-    """Of this process; the kernel's peak of getrusage would begin with that of the parent."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, text = line.partition(":")
-        if name == key:
-            return int(text.split()[0]) << 10
-    raise SystemExit(f"this benchmark reads {key} from /proc/self/status, which is not there; run it on Linux")
+    print(json.dumps({"elapsed_s": elapsed, "added_bytes": status_bytes("VmHWM") - before_bytes}))
 
 
 def speed_and_memory(source: Path, directory: Path, rounds: int, scheme: str) -> dict[str, Any]:
@@ -164,8 +159,9 @@ def speed_and_memory(source: Path, directory: Path, rounds: int, scheme: str) ->
         for name, figure in found.items():
             figures.setdefault(name, []).append(figure)
     return {
-        "source_bytes": source.stat().st_size,
+        "variant": f"decoder, {scheme}",
         "result_bytes": nbytes,
+        "times_smaller": source.stat().st_size / nbytes,
         **{name: asdict(Spread.of(values)) for name, values in figures.items()},
     }
 
@@ -183,26 +179,19 @@ def main() -> None:
     for name, path in paths.items():
         if not path.exists():
             write_random(path, shapes[name])
-    results: dict[str, Any] = {"bert": errors_and_sizes(paths["bert"], directory)}
-    results["large"] = {
-        scheme: speed_and_memory(paths["large"], directory, options.rounds, scheme) for scheme in ("int8", "int4")
-    }
+    rows = errors_and_sizes(paths["bert"], directory)
+    rows += [speed_and_memory(paths["large"], directory, options.rounds, scheme) for scheme in ("int8", "int4")]
     largest_bytes = max(4 * torch.Size(shape).numel() for shape in shapes["large"].values())
-    save(options, {"rounds": options.rounds, "largest_weight_bytes": largest_bytes}, results)
-    for scheme, found in results["bert"].items():
-        print(
-            f"{scheme:8} {found['bytes'] / 1e9:.4f} GB, {found['times_smaller']:.2f} times smaller, relative RMS error "
-            f"{found['rms_error']['median']:.3%}, at most {found['rms_error']['largest']:.3%}"
-        )
-    for scheme, found in results["large"].items():
-        print(
-            f"{scheme:8} {found['source_bytes'] / 1e9:.2f} GB in {found['elapsed_s']['median']:.2f} s, "
-            f"{found['share_of_slower']['median']:.2f} of the speed of reading or writing alone, "
-            f"{found['share_of_both']['median']:.2f} of both at the same time, "
-            f"{found['added_bytes']['median'] / 2**20:.0f} MiB "
-            f"(largest weight: {largest_bytes / 2**20:.0f} MiB)"
-        )
-    print(f"Written: {options.result}")
+    settings = {
+        "model": f"weights in the shape of DistilBERT ({paths['bert'].stat().st_size / 1e9:.2f} GB), and of a decoder "
+        f"({paths['large'].stat().st_size / 1e9:.2f} GB; the largest weight has {largest_bytes >> 20} MiB)",
+        "input": "none",
+        "file_state": "cold",
+        "rounds": options.rounds,
+        "allowed_bytes": 2 * largest_bytes + ALLOWED_BYTES,
+    }
+    save(options, settings, {"rows": rows})
+    finish(options, {})
 
 
 if __name__ == "__main__":

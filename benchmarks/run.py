@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "quantized_decode": "Decoding from int8 in a small container, beside float32 and llama.cpp Q8_0",
             "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
             "save": "Memory and speed of the writers, on a 2 GB checkpoint",
+            "from_pretrained": "Memory that loading, running and saving a transformers checkpoint takes",
             "quantize": "Size, error and speed of quantised stores",
             "training_checkpoints": "Training checkpoints: deltas, standing still, kills",
             "fit": "What fit predicts against what is measured",

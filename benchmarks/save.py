@@ -6,38 +6,45 @@ memory is watched from outside; beside it, a process that imports and opens the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import pylomin
 from benchmarks.checkpoints import random_checkpoint
-from benchmarks.common import ROOT, run_worker, write_result
-from benchmarks.tables import RESULTS
+from benchmarks.common import Spread, WorkerRun, paired_ratios, run_worker
+from benchmarks.suite import finish, parse, save
 
-ROWS, WIDTH, LAYERS = 32000, 4096, 24
+SIZES = {"full": (32000, 4096, 24), "tiny": (320, 64, 2)}  # rows and width of the table, and layers
+NEEDED_BYTES = 7 << 30  # the checkpoint, the same with digests, and what is written
+ALLOWED_BYTES = 64 << 20  # beside twice the largest tensor
+NOTHING, COPY = "nothing written", "plain copy"
 
 
 class Model(nn.Module):
     """A table and layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int, width: int, layers: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(ROWS, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+        self.table = nn.Embedding(rows, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
 
 
 def open_only(checkpoint: Path, target: Path) -> nn.Module:
     """The memory that is no writer's."""
-    return pylomin.load(Model, checkpoint)
+    with safe_open(checkpoint, "pt") as file:
+        rows, width = file.get_slice("table.weight").get_shape()
+        layers = len(file.keys()) - 1
+    return pylomin.load(lambda: Model(rows, width, layers), checkpoint)
 
 
 def copy_file(checkpoint: Path, target: Path) -> None:
@@ -49,8 +56,8 @@ def copy_file(checkpoint: Path, target: Path) -> None:
 
 
 VARIANTS: dict[str, Callable[[Path, Path], Any]] = {
-    "nothing written": open_only,
-    "plain copy": copy_file,
+    NOTHING: open_only,
+    COPY: copy_file,
     "save_store": lambda checkpoint, target: pylomin.save_store(checkpoint, target),
     "save_store, no digests": lambda checkpoint, target: pylomin.save_store(checkpoint, target, digests=False),
     "save_store, bfloat16": lambda checkpoint, target: pylomin.save_store(checkpoint, target, dtype=torch.bfloat16),
@@ -73,30 +80,44 @@ def work(variant: str, checkpoint: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--publish", action="store_true", help="result to docs/results")
-    parser.add_argument("--directory", type=Path, default=ROOT / ".demo" / "save", help="for 6 GB of checkpoints")
-    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    directory = arguments.directory.resolve()
+    options = parse("save", __doc__, rounds=3, limit_s=300)
+    options.make_room("save", NEEDED_BYTES)
+    sizes, directory = SIZES[options.size], options.directory("save")
     checkpoint = directory / "model.safetensors"
-    if arguments.worker:
-        print(json.dumps(work(arguments.worker, checkpoint)))
+    if options.worker:
+        print(json.dumps(work(options.worker["variant"], checkpoint)))
         return
-    random_checkpoint(Model, f"save {ROWS} {WIDTH} {LAYERS}", checkpoint)
+    random_checkpoint(lambda: Model(*sizes), f"save {sizes}", checkpoint)
     pylomin.save_store(checkpoint, directory / "digests", overwrite=True)  # for verify
-    results: dict[str, dict[str, float]] = {}
-    for name in VARIANTS:
-        run = run_worker(["-m", "benchmarks.save", "--directory", str(directory), "--worker", name])
-        peak_bytes = max(resident for _, resident in run.samples)
-        results[name] = {**run.report, "peak_bytes": peak_bytes}
-        added = peak_bytes - results["nothing written"]["peak_bytes"]
-        print(f"{name:24} {run.report['s']:6.1f} s  {added / 2**20:+6.0f} MiB", flush=True)
-    settings = {"weight_bytes": checkpoint.stat().st_size, "largest_tensor_bytes": ROWS * WIDTH * 4}
-    path = (RESULTS if arguments.publish else arguments.output) / "save.json"
-    write_result(path, settings, {"variants": results})
-    print(f"Written: {path}")
+    runs: dict[str, list[WorkerRun]] = {name: [] for name in VARIANTS}
+    for _ in range(options.rounds):
+        for name in VARIANTS:
+            worker = json.dumps({"variant": name})
+            runs[name].append(run_worker(["-m", "benchmarks.save", "--size", options.size, "--worker", worker]))
+    seconds = {name: [run.report["s"] for run in of_variant] for name, of_variant in runs.items()}
+    peaks = {name: max(bytes_ for run in of_variant for _, bytes_ in run.samples) for name, of_variant in runs.items()}
+    rows: list[dict[str, Any]] = [
+        {
+            "variant": name,
+            "elapsed_s": asdict(Spread.of(seconds[name])),
+            "times_copy": asdict(paired_ratios(seconds[name], seconds[COPY])),
+            "cpu_s": asdict(Spread.of([run.report["cpu_s"] for run in runs[name]])),
+            "added_bytes": max(0, peaks[name] - peaks[NOTHING]),
+        }
+        for name in VARIANTS
+    ]
+    rows_of_table, width, layers = sizes
+    largest_bytes = rows_of_table * width * 4
+    settings = {
+        "model": f"a table of {largest_bytes >> 20} MiB and {layers} layers of {width * width * 4 >> 20} MiB",
+        "checkpoint_bytes": checkpoint.stat().st_size,
+        "input": "none",
+        "file_state": "cached",
+        "rounds": options.rounds,
+        "allowed_bytes": 2 * largest_bytes + ALLOWED_BYTES,
+    }
+    save(options, settings, {"rows": rows})
+    finish(options, {})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 
 import pylomin
 from benchmarks.common import ROOT, Spread, paired_ratios, time_call
-from benchmarks.suite import DIRECTORY, parse, save
+from benchmarks.suite import DIRECTORY, finish, parse, save
 
 CONTEXT = 32
 
@@ -275,17 +276,36 @@ def main() -> None:
         while len(restored) < size.kills and (len(restored) < 2 or time.perf_counter() < options.deadline):
             restored.append(kill_and_restore(directory / "killed", generator))
     results["kills"] = {"kills": len(restored), "restored": sum(restored)}
-    save(options, {"rounds": options.rounds, **asdict(size)}, results)
-    for name in ("int8", "int4", "exact", "exact, bfloat16"):
-        found = results["differences"][name]
-        print(
-            f"difference, {name}: {found['times_smaller']:.1f} times smaller, RMS error {found['rms_error']:.1e}, "
-            f"relative {found['relative_rms_error']:.1e}"
-        )
-    print(f"resumed bit for bit: {results['resuming']['bit_for_bit']}")
-    print(f"training waits {results['waiting']['wait_over_copy']['median']:.2f} times as long as a copy takes")
-    print(f"restored after {results['kills']['restored']} of {results['kills']['kills']} kills")
-    print(f"Written: {options.result}")
+    save(options, settings_of(options.rounds), {"rows": rows_of(results), **results})
+    finish(options, {})
+
+
+def settings_of(rounds: int) -> dict[str, Any]:
+    """What has to be said of the work."""
+    return {
+        "model": "a language model of 8 layers for differences; four layers of 4096 x 4096 with Adam for waiting",
+        "input": "ten steps at a learning rate of 1e-5 for the differences",
+        "file_state": "written by itself",
+        "rounds": rounds,
+    }
+
+
+def rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each question."""
+    resumed, waited, kills = results["resuming"], results["waiting"], results["kills"]
+    return [
+        *(
+            {"variant": f"difference, {name}", **results["differences"][name]}
+            for name in ("int8", "int4", "exact", "exact, bfloat16")
+        ),
+        {"variant": "resumed, exact", "found": "bit for bit" if resumed["bit_for_bit"] else "**not** bit for bit"},
+        {
+            "variant": "resumed from int8",
+            "found": f"loss within {resumed['largest_relative_gap_of_the_loss_from_int8']:.1%}",
+        },
+        {"variant": "training waits for a save", "times_copy": waited["wait_over_copy"]},
+        {"variant": "killed while saving", "found": f"{kills['restored']} of {kills['kills']} restored"},
+    ]
 
 
 if __name__ == "__main__":
