@@ -71,15 +71,21 @@ class TorchDecoder:
 
 
 class LlamaCppDecoder:
-    """llama.cpp, through llama-cpp-python: weights memory-mapped, as it does by default."""
+    """llama.cpp, through llama-cpp-python: weights memory-mapped, as it does by default.
+
+    Args:
+        batch: how many tokens of a prompt go through the model together.
+    """
 
     model: nn.Module | None = None
 
-    def __init__(self, path: Path, vocabulary: int) -> None:
+    def __init__(self, path: Path, vocabulary: int, *, batch: int = CONTEXT) -> None:
         from llama_cpp import Llama
 
         threads = len(os.sched_getaffinity(0))
-        self._llama = Llama(str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+        self._llama = Llama(
+            str(path), n_ctx=CONTEXT, n_batch=batch, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
         self._vocabulary = vocabulary
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:

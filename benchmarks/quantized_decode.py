@@ -29,7 +29,7 @@ from benchmarks.decode import (
     smallest_budget,
 )
 from benchmarks.gguf_file import gguf_file
-from benchmarks.llama import PEERS, SIZES, LlamaCppDecoder, checkpoint, offloaded, prepare
+from benchmarks.llama import PEERS, SIZES, Decoder, LlamaCppDecoder, checkpoint, offloaded, prepare
 from benchmarks.passes import Report
 from benchmarks.rows import pass_s
 from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
@@ -61,12 +61,16 @@ def work(variant: str, memory_budget: int | None, config: LlamaConfig, directory
         decoder = offloaded(config, stored_as(scheme, directory), memory_budget)
     else:
         report = Report(piece_bytes=PIECE_BYTES)
-        is_llama_cpp = variant == LLAMA_CPP
-        decoder = (
-            LlamaCppDecoder(q8_0(directory), config.vocab_size) if is_llama_cpp else PEERS[variant](config, directory)
-        )
+        decoder = llama_cpp(config, directory) if variant == LLAMA_CPP else PEERS[variant](config, directory)
     decode(decoder, report, config, directory, is_reference=variant == "resident")
     return report.fields
+
+
+def llama_cpp(config: LlamaConfig, directory: Path) -> Decoder:
+    """llama.cpp with Q8_0 matrices."""
+    # Where the processor has AMX, llama.cpp 0.3.36 crashes on several tokens at once: GCC drops most of the tile
+    # configuration (https://github.com/ggml-org/llama.cpp/pull/26954). Single tokens take another way.
+    return LlamaCppDecoder(q8_0(directory), config.vocab_size, batch=1)
 
 
 def budgets(config: LlamaConfig, directory: Path) -> list[int]:

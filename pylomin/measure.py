@@ -80,7 +80,9 @@ def peak_memory(model: nn.Module | None = None, *, tensors: bool = True) -> Iter
         torch.cuda.reset_peak_memory_stats()
     with sampler:
         if tensors:
-            with _Tracker(peak, model):
+            with _Tracker(peak) as tracker:
+                if model is not None:
+                    tracker.see_weights(model)
                 yield peak
         else:
             yield peak
@@ -89,31 +91,39 @@ def peak_memory(model: nn.Module | None = None, *, tensors: bool = True) -> Iter
 
 
 class _Tracker(TorchDispatchMode):
-    """Counts the storages that operations make, from their birth to their death."""
+    """Counts the storages that operations make, from their birth to their death or the end of the block.
 
-    def __init__(self, peak: PeakMemory, model: nn.Module | None) -> None:
+    The interpreter holds what a finalizer calls, so this may hold no tensor: it would never die.
+    """
+
+    def __init__(self, peak: PeakMemory) -> None:
         super().__init__()
         self._peak = peak
         self._lock = threading.RLock()  # finalizers run anywhere, also while it is held
-        self._known: set[int] = set()
+        self._known: dict[int, weakref.finalize[..., torch.UntypedStorage]] = {}
         self._tensor_bytes = 0
         self._weight_bytes = 0
-        self._model = model
 
     def __enter__(self) -> _Tracker:
         weight_bytes = resident_bytes_of_all()  # before it observes: asking takes back what has died
         self._undo = observe(self._add_weight)
         self._add_weight(weight_bytes)
-        resident = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
-        for tensor in resident:
-            if not isinstance(tensor, OffloadedTensor) and tensor.device.type != "meta":
-                self._see(tensor, is_weight=True)
         super().__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
         self._undo()
+        with self._lock:  # what is alive now stays alive without being watched
+            known, self._known = self._known, {}
+            for finalizer in known.values():
+                finalizer.detach()
+
+    def see_weights(self, model: nn.Module) -> None:
+        """Count what of ``model`` is in memory already, apart from offloaded weights."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            if _has_storage(tensor):
+                self._see(tensor, is_weight=True)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -131,14 +141,15 @@ class _Tracker(TorchDispatchMode):
         with self._lock:
             if storage._cdata in self._known:
                 return
-            self._known.add(storage._cdata)
+            finalizer = weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes(), is_weight)
+            finalizer.atexit = False
+            self._known[storage._cdata] = finalizer
             self._count(storage.nbytes(), is_weight)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes(), is_weight).atexit = False
 
     def _gone(self, key: int, nbytes: int, is_weight: bool) -> None:
         with self._lock:
-            self._known.discard(key)
-            self._count(-nbytes, is_weight)
+            if self._known.pop(key, None) is not None:
+                self._count(-nbytes, is_weight)
 
     def _add_weight(self, delta_bytes: int) -> None:
         with self._lock:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from torch import nn
 import pylomin
 from pylomin.io import buffers
 from pylomin.measure import PeakMemory, process_bytes
+from pylomin.residency.residency import resident_bytes_of_all
 
 KIB = 1 << 10
 
@@ -287,6 +289,39 @@ def test_a_lookup_takes_its_rows() -> None:
     with torch.no_grad(), pylomin.peak_memory(model) as peak:
         model(torch.tensor([1, 500]))
     assert peak.weight_bytes == 2 * 16 * 4
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_model_that_was_measured_goes_with_its_weights(offloaded: bool) -> None:
+    """Also one with buffers, which are in memory at the beginning and at the end of the block."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    if offloaded:
+        pylomin.lazy_loading(model, memory_budget="1MiB")
+    before = resident_bytes_of_all()
+    for _ in range(2):
+        with pylomin.peak_memory(model) as peak:
+            model(torch.ones(2, 8))
+    assert peak.weight_bytes > 0
+    assert (resident_bytes_of_all() > before) == offloaded
+    dropped = weakref.ref(model)
+    del model
+    gc.collect()
+    assert dropped() is None
+    assert resident_bytes_of_all() <= before
+
+
+def test_nothing_is_watched_after_the_block() -> None:
+    """A thousand measurements of one model leave as much behind as one did: nothing."""
+    before = len(weakref.finalize._registry)  # type: ignore[attr-defined]
+    model = nn.BatchNorm1d(8).eval()
+    with pylomin.peak_memory(model) as peak:
+        result = model(torch.ones(2, 8))
+    assert len(weakref.finalize._registry) <= before  # type: ignore[attr-defined]
+    dropped = weakref.ref(peak)
+    del peak
+    gc.collect()
+    assert dropped() is None, "its samples would stay as long as the result"
+    assert result.shape == (2, 8)
 
 
 def test_results_do_not_change() -> None:

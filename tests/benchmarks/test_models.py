@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from benchmarks import big_linear, many_tensors, suite
-from benchmarks.gguf_file import gguf_name, interleaved
+import pylomin
+from benchmarks import big_linear, llama, many_tensors, suite
+from benchmarks.gguf_file import gguf_file, gguf_name, interleaved
 from benchmarks.moe import SIZES, Needed, Qwen2MoeForCausalLM
 from benchmarks.suite import make_room
 
@@ -36,6 +38,29 @@ def test_interleaved_rows_rotate_alike() -> None:
 )
 def test_gguf_names(name: str, expected: str) -> None:
     assert gguf_name(name) == expected
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_gguf_holds_the_checkpoint(is_quantized: bool, tmp_path: Path) -> None:
+    config = llama.SIZES["tiny"]
+    torch.manual_seed(0)
+    weights = llama.LlamaForCausalLM(config).state_dict()
+    path = pylomin.save_store(weights, tmp_path / "model.safetensors")
+    gguf = gguf_file(config, path, tmp_path / "model.gguf", is_quantized=is_quantized)
+    stored = load_file(pylomin.save_store(gguf, tmp_path / "read.safetensors"))
+    assert stored.keys() == {gguf_name(name) for name in weights}
+    for name, values in weights.items():
+        if "q_proj" in name or "k_proj" in name:
+            values = interleaved(values, config.num_attention_heads)
+        difference = (stored[gguf_name(name)] - values).abs()
+        # Rows of 176 are no whole blocks of 32, and norms are no matrices.
+        if is_quantized and "down_proj" not in name and "norm" not in name:
+            step = values.view(-1, 32).abs().amax(1) / 127
+            allowed = step / 2 + 127 * step * 2**-11  # the nearest of 255 values, with a scale in float16
+            assert (difference.view(-1, 32).amax(1) <= 1.01 * allowed).all()
+            assert difference.any()
+        else:
+            assert not difference.any()
 
 
 def test_needed_bytes_are_shared_weights_and_routed_experts() -> None:

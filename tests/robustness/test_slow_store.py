@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -89,7 +90,7 @@ def test_an_error_in_the_background_is_raised_in_the_forward(error: Exception) -
     def fail(names: list[str]) -> None:
         if in_prefetch_thread() and "layers.1.weight" in names and not failures:
             failures.append(names)
-            raise error
+            raise copy.copy(error)  # the parameter itself would keep the frames it passed, and so the model
 
     store.before_read = fail
     with pytest.raises(type(error)) as caught:

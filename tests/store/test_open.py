@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from pylomin.errors import StoreFormatError, StoreReadError
+from pylomin.save import save_store
 from pylomin.store.callable import CallableStore
 from pylomin.store.gguf import GGUFStore
 from pylomin.store.memory import MemoryStore
@@ -69,6 +70,27 @@ class TestFiles:
     def test_index_of_another_name(self, tmp_path):
         index = write_shards(tmp_path, SHARDS).rename(tmp_path / "mine.index.json")
         assert type(open_store(index)) is ShardedStore
+
+    @pytest.mark.parametrize("quantize", [None, "int8"])
+    @pytest.mark.parametrize("has_index", [True, False])
+    def test_a_shard_by_itself(self, tmp_path, quantize, has_index):
+        """A file that is named is what is opened, whatever belongs to it."""
+        tensors = {f"{i}.weight": torch.randn(64, 64) for i in range(4)}
+        index = save_store(tensors, tmp_path / "model.safetensors", quantize=quantize, max_shard_size="16KiB")
+        expected = {name: read_tensor(open_store(index), name) for name in tensors}
+        shards = sorted(tmp_path.glob("model-0*-of-0*.safetensors"))
+        assert len(shards) > 1
+        if not has_index:
+            index.unlink()
+        for shard, other in zip(shards, [*shards[1:], shards[0]], strict=True):
+            hidden = other.rename(tmp_path / "elsewhere")
+            store = open_store(shard)
+            assert list(store)
+            for name in store:
+                assert same_bits(read_tensor(store, name), expected.pop(name))
+                assert store.describe(name).startswith(str(shard))
+            hidden.rename(other)
+        assert not expected
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.gguf", "model", "model.zip"])
     @pytest.mark.parametrize("content", [b"", b"data", b"version https://git-lfs.github.com/spec/v1"])
