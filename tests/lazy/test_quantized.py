@@ -301,23 +301,30 @@ def with_fused(without_fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "multiplies_integers", lambda: True)
 
 
-def linear(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
-    """A linear that runs from int8 with a scale per row, and the same decoded, in float64."""
+# Scheme, and columns of the weight: of groups, eight, seven (by themselves) or six (three and three) of 64.
+FUSED = [("int8-row", 515), ("int8", 512), ("int8", 448), ("int8", 384), ("int8", 64)]
+
+
+def linear(
+    directory: Path, scheme: str, columns: int, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Linear, nn.Linear]:
+    """A linear that runs from int8, and the same decoded, in float64."""
     torch.manual_seed(0)
-    made = nn.Linear(515, 300)
-    saved = pylomin.save_model(made, directory / "row", quantize="int8-row", overwrite=True)
+    made = nn.Linear(columns, 300)
+    saved = pylomin.save_model(made, directory / "int8", quantize=scheme, overwrite=True)
 
     def load(dtype: torch.dtype) -> nn.Linear:
-        return pylomin.load(lambda: nn.Linear(515, 300), saved, dtype=dtype)
+        return pylomin.load(lambda: nn.Linear(columns, 300), saved, dtype=dtype)
 
     return load(dtype), pylomin.restore(load(torch.float64))
 
 
 @pytest.mark.usefixtures("with_fused")
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_fused_is_as_exact_as_float32(tmp_path, scale):
-    model, exact = linear(tmp_path)
-    x = scale * torch.randn(2, 3, 515) * torch.logspace(-3, 3, 515)
+@pytest.mark.parametrize(("scheme", "columns"), FUSED)
+def test_fused_is_as_exact_as_float32(tmp_path, scheme, columns, scale):
+    model, exact = linear(tmp_path, scheme, columns)
+    x = scale * torch.randn(2, 3, columns) * torch.logspace(-3, 3, columns)
     plain = pylomin.restore(copy.deepcopy(model))
     loads = pylomin.stats(model).loads
     with torch.no_grad():
@@ -325,13 +332,13 @@ def test_fused_is_as_exact_as_float32(tmp_path, scale):
         error, plain_error = ((y.double() - expected).abs().max() for y in (model(x), plain(x)))
     assert error <= max(2 * plain_error, 1e-6 * float(expected.abs().max()))
     assert pylomin.stats(model).loads == loads + 1
-    assert pylomin.stats(model).peak_bytes < 300 * 515 * 2, "nothing was decoded"
+    assert pylomin.stats(model).peak_bytes < 300 * columns * 2, "nothing was decoded"
 
 
 @pytest.mark.usefixtures("with_fused")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_rounds_half_precision_once(tmp_path, dtype):
-    model, exact = linear(tmp_path, dtype)
+    model, exact = linear(tmp_path, "int8-row", 515, dtype)
     x = torch.randn(4, 515).to(dtype)
     torch.testing.assert_close(model(x), exact(x.double()).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
@@ -340,17 +347,26 @@ def test_fused_rounds_half_precision_once(tmp_path, dtype):
 @pytest.mark.parametrize(
     "x",
     [
-        torch.full((1, 515), torch.nan),
-        torch.full((1, 515), torch.inf),
-        torch.zeros(2, 515),
-        torch.ones(fused.MOST_ROWS + 1, 515),
-        torch.ones(0, 515),
-        torch.ones(1, 515, requires_grad=True),
+        torch.full((1, 512), torch.nan),
+        torch.full((1, 512), torch.inf),
+        torch.zeros(2, 512),
+        torch.ones(max(fused.MOST_ROWS.values()) + 1, 512),
+        torch.ones(0, 512),
+        torch.ones(1, 512, requires_grad=True),
     ],
     ids=["nan", "inf", "zeros", "many rows", "no rows", "gradients"],
 )
-def test_not_fused_or_the_same(tmp_path, x):
-    model, _ = linear(tmp_path)
+@pytest.mark.parametrize("scheme", fused.MOST_ROWS)
+def test_not_fused_or_the_same(tmp_path, scheme, x):
+    model, _ = linear(tmp_path, scheme, 512)
     assert torch.equal(model(x).isnan(), (expected := pylomin.restore(copy.deepcopy(model))(x)).isnan())
     assert torch.equal(model(x).nan_to_num(), expected.nan_to_num())
     assert model(x).requires_grad == x.requires_grad
+
+
+@pytest.mark.usefixtures("with_fused")
+def test_groups_that_end_within_a_row_are_decoded(tmp_path):
+    model, exact = linear(tmp_path, "int8", 515)
+    x = torch.randn(1, 515)
+    torch.testing.assert_close(model(x), exact(x.double()).float())
+    assert pylomin.stats(model).peak_bytes > 300 * 515 * 4
