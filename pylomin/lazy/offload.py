@@ -110,6 +110,7 @@ def offload(
     for tie, weight in zip(ties, weights, strict=True):
         if is_tileable(tie):
             weight.allow_tiles()
+        weight.looked_up = all(loads_rows(slot.module, tie.parameter.dim()) for slot in tie.slots)
         owned += [Owned.of(slot.module, weight) for slot in tie.slots]
     budget = residency.memory_budget if memory_budget is None else memory_budget
     largest_bytes = check_budget(offloaded_footprints(model) + footprints(owned), budget)

@@ -18,13 +18,20 @@ from pylomin.residency.recording import Recording
 from pylomin.residency.retention import Retention
 from pylomin.residency.simulation import Group
 from pylomin.residency.stats import Stats
-from pylomin.residency.tiling import bytes_per_tile, tile_rows
+from pylomin.residency.tiling import bytes_per_tile, lines_of, tile_rows
 from pylomin.residency.trace import Key
 from pylomin.residency.weight import State, Weight
 
 MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
 REVIEW_S = 1.0
+
+
+def _unpacked_bytes(weight: Weight) -> int:
+    """What is decoded of a weight that is not used by tiles: all, or a row, or an expert."""
+    if not weight.looked_up:
+        return block_bytes(weight.peak_load_bytes)
+    return block_bytes(lines_of(weight.layout)[1] * weight.element_bytes)
 
 
 @dataclass(eq=False, slots=True)
@@ -173,7 +180,7 @@ class Contents:
         most_bytes = 0
         for key in set(order):
             packed = {whole_of[index]: None for index in key if index in whole_of}
-            held_bytes = sum([block_bytes(weight.peak_load_bytes) for weight in packed if not weight.tiled])
+            held_bytes = sum([_unpacked_bytes(weight) for weight in packed if not weight.tiled])
             tiles = [self._tiles_bytes(weight) for weight in packed if weight.tiled]
             most_bytes = max(most_bytes, held_bytes + max(tiles, default=0))
         return most_bytes

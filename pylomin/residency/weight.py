@@ -158,6 +158,7 @@ class Weight:
         "is_part",
         "loaded",
         "loaded_version",
+        "looked_up",
         "name",
         "parts",
         "residency",
@@ -193,6 +194,7 @@ class Weight:
                 part.is_part = True
         self.parts = parts
         self.transient = False  # made by an operation, perhaps anew in each forward: no part of any order
+        self.looked_up = False  # whoever owns it uses some rows of it: a table, or experts
         self.tileable = False  # whoever owns it uses it by rows or by tiles; see `tiling`
         self.tiled = False  # it is used by tiles now; residency decides
         self.tile_rows: int | None = None  # in memory at one time, as the user wants it; see `chunked_linear`
@@ -252,6 +254,7 @@ class Weight:
     def replaced_by(self, other: Weight) -> Weight:
         """``other``, used as this one is."""
         other.tileable, other.tile_rows, other.tiled = self.tileable, self.tile_rows, self.tiled
+        other.looked_up = self.looked_up
         for part, as_part in zip(other.parts, self.parts, strict=False):
             part.tileable, part.tiled = as_part.tileable, as_part.tiled
         return other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -370,3 +370,49 @@ def test_groups_that_end_within_a_row_are_decoded(tmp_path):
     x = torch.randn(1, 515)
     torch.testing.assert_close(model(x), exact(x.double()).float())
     assert pylomin.stats(model).peak_bytes > 300 * 515 * 4
+
+
+@pytest.fixture
+def medium_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also where the processor is slow at it."""
+    monkeypatch.setattr(fused, "_multiplies_bfloat16", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("with_fused", "medium_precision")
+def test_medium_precision_rounds_inputs_to_bfloat16(tmp_path):
+    model, exact = linear(tmp_path, "int8-row", 512)
+    x = torch.randn(2, 3, 512)
+    expected = exact(x.bfloat16().double())
+    torch.testing.assert_close(model(x).double(), expected, rtol=2**-7, atol=2**-8)
+    assert not torch.equal(model(x), exact(x.double()).float())
+    torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(model(x), exact(x.double()).float())
+
+
+@pytest.mark.usefixtures("with_fused", "medium_precision")
+def test_medium_precision_keeps_what_is_not_finite(tmp_path):
+    model, _ = linear(tmp_path, "int8-row", 512)
+    assert model(torch.full((1, 512), torch.nan)).isnan().all()
+    assert not model(torch.full((1, 512), torch.inf)).isfinite().any()
+
+
+def test_what_is_looked_up_takes_no_room_for_all_of_it(tmp_path):
+    """Of a table only rows are decoded: everything packed stays, with room for the largest layer beside it."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Embedding(8000, 256), nn.Linear(256, 256), nn.Linear(256, 256))
+
+    path = pylomin.save_model(make(), tmp_path, quantize="int8")
+    packed_bytes = path.stat().st_size
+    model = pylomin.load(make, path, memory_budget=packed_bytes + (3 << 20))  # the table decoded has 8 MiB
+    words = torch.tensor([[1, 7999, 5]])
+    with torch.inference_mode():
+        for _ in range(6):
+            expected = model(words)
+        loads = pylomin.stats(model).loads
+        assert torch.equal(model(words), expected)
+    assert pylomin.stats(model).loads == loads
