@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pylomin.residency.weight import Weight, used_from
+from pylomin.residency.weight import ResidentParameter, Weight, used_from
 
 MOST_ROWS = {"int8-row": 32, "int8": 8}  # with more, decoding and a float32 product were nearly as fast
 MOST_COLUMNS = 1 << 17  # more products of codes and digits could overflow int32
@@ -51,9 +51,15 @@ def fused_linear(
         codes, scales = (part.tensor for part in weight.parts)
         bias: torch.Tensor | None = getattr(module, "bias", None)
         needs_grad = torch.is_grad_enabled() and bias is not None and bias.requires_grad
-        if codes is None or scales is None or needs_grad or not bool(torch.isfinite(scales).all()):
+        if codes is None or scales is None or needs_grad or not _is_finite(scales):
             return None
         return _multiply(args[0], codes.detach(), scales.detach().view(len(codes), -1), bias)
+
+
+def _is_finite(scales: ResidentParameter) -> bool:
+    if scales.is_finite is None:
+        scales.is_finite = bool(torch.isfinite(scales).all())
+    return scales.is_finite
 
 
 def _is_offloaded_as(module: nn.Module, weight: Weight) -> bool:

@@ -131,6 +131,8 @@ class State(enum.Enum):
 class ResidentParameter(nn.Parameter):
     """A weight while it is resident. Writes to it are noticed by its version, also those made through ``.data``."""
 
+    is_finite: bool | None = None  # of scales, once somebody has looked
+
     @property
     def data(self) -> torch.Tensor:
         # torch's own `.data` has a version counter of its own; `detach()` shares ours.
