@@ -179,7 +179,7 @@ class Cache:
             if self._remove(file.stem):
                 used_bytes -= file.granted_bytes
                 room_bytes = self._room_bytes(used_bytes)
-        granted = min(max(wanted, LEASE_BLOCKS), room_bytes // BLOCK_BYTES)
+        granted = min(max(wanted, min(LEASE_BLOCKS, entry.missing_blocks)), room_bytes // BLOCK_BYTES)
         if granted < wanted:
             self.report(f"there is room for {format_bytes(max(0, room_bytes))} more")
             return

@@ -145,8 +145,8 @@ class Entry:
         return self._unkept * BLOCK_BYTES
 
     @property
-    def local_fraction(self) -> float:
-        return self._whole.count(1) / len(self._whole) if self._whole else 1.0
+    def missing_blocks(self) -> int:
+        return self._whole.count(0)
 
     def is_local(self, start: int, stop: int) -> bool:
         """Are the bytes ``[start, stop)`` here? From any thread."""

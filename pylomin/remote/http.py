@@ -93,8 +93,8 @@ class HttpTransport:
         length = answer.headers.get("Content-Length")
         if length is not None and length != str(last - first):
             raise StoreReadError(
-                f"the server of {url.shown!r} announced {length} bytes for the range from {first} to {last} (exclusive). "
-                "Download the file and open it from disk."
+                f"the server of {url.shown!r} announced {length} bytes for the range from {first} to {last} "
+                "(exclusive). Download the file and open it from disk."
             )
         return Part(self._state(url, answer, size), first, last)
 

@@ -84,9 +84,15 @@ class Running:
         self._transport: asyncio.Task[Transport] | None = None
 
     async def transport(self) -> Transport:
-        if self._transport is None or (self._transport.done() and self._transport.exception()):
+        if self._transport is None:
             self._transport = self.loop.create_task(self._started())
-        return await asyncio.shield(self._transport)
+        starting = self._transport
+        try:
+            return await asyncio.shield(starting)
+        finally:
+            # A failed one would keep its error, with the frames of whoever it was raised to.
+            if starting.done() and (starting.cancelled() or starting.exception()) and self._transport is starting:
+                self._transport = None
 
     def finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Let something run to its end, even if the line is closed meanwhile."""
@@ -113,7 +119,7 @@ class Running:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, *self.finishing, return_exceptions=True)
-        if self._transport is not None and not self._transport.cancelled() and not self._transport.exception():
+        if self._transport is not None and self._transport.done():
             await self._transport.result().close()
 
 
@@ -141,7 +147,9 @@ class Line:
         except (asyncio.CancelledError, concurrent.futures.CancelledError):
             final: BaseException = StoreReadError("the store was closed while it was read. Open it again.")
         except PylominError as error:
-            final = without_frames(error)  # those of the loop keep files open and buffers in memory
+            # A copy: what the loop keeps must not keep our frames, nor ours those of the loop.
+            final = type(error)(*error.args)
+            final.__cause__ = without_frames(error).__cause__
         raise final
 
     def post(self, function: Callable[[Running], Coroutine[Any, Any, None]]) -> None:

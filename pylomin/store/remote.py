@@ -38,7 +38,7 @@ def open_remote(
         if fnmatchcase(at.name, _INDEX) or weights_mapping_key is not None:
             return _open_shards(remote, file, at, weights_mapping_key or WEIGHT_MAP)
         return open_file(file)
-    except OSError as error:
+    except Exception as error:
         raise without_frames(error)  # noqa: B904 - they would keep the connection open
     finally:
         del remote

@@ -191,13 +191,13 @@ class Handler(BaseHTTPRequestHandler):
         if cut is not None:
             self.hang_up()
 
-    def answer(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None
-    ) -> None:
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = -1) -> None:
+        """``length``: as Content-Length; -1 for that of the body, None for none."""
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        if length is not None:
+            self.send_header("Content-Length", str(len(body) if length < 0 else length))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
