@@ -46,11 +46,17 @@ class RemoteFile(WeightFile):
         self._line: Line | None = line
         self._fetcher = Fetcher(url, state, entry, cache)
         self._next: weakref.ref[RemoteFile] | None = None
+        self._reads_ahead = False
         self._leave = weakref.finalize(self, _leave, line, self._fetcher)
 
-    def follow(self, file: RemoteFile) -> None:
-        """Say which file is read when this one was read to its end."""
-        self._next = weakref.ref(file)
+    def read_ahead(self, following: RemoteFile | None = None) -> None:
+        """From now on, fetch what follows what is read: headers were read, and weights come next.
+
+        Args:
+            following: the file that is read when this one was read to its end.
+        """
+        self._reads_ahead = True
+        self._next = None if following is None else weakref.ref(following)
 
     def adopt(self, beginning: bytes) -> None:
         """Keep the beginning of the file, which came when it was opened."""
@@ -142,7 +148,7 @@ class RemoteFile(WeightFile):
     def _ahead(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """What is to be fetched before somebody asks for it."""
         entry = self._entry
-        if not ranges or not entry.writable:
+        if not ranges or not entry.writable or not self._reads_ahead:
             return []
         start = max(stop for _, stop in ranges)
         stop = min(start + _ahead_bytes(ranges), self.size_bytes)

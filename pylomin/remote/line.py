@@ -169,13 +169,13 @@ class Line:
         pid = os.getpid()
         running = self._by_pid.get(pid)
         if running is None:
+            # In this order: an interrupt in between leaves nothing that never ends, or that never begins.
             new = Running(self._connect)
-            running = self._by_pid.setdefault(pid, new)  # one of the threads that come here at once wins
-            if running is new:
-                weakref.finalize(self, _end, new, pid)
-                new.thread.start()
-            else:
-                new.loop.close()
+            weakref.finalize(self, _end, new, pid)
+            new.thread.start()
+            running = self._by_pid.setdefault(pid, new)
+            if running is not new:  # another thread came here at the same time
+                _end(new, pid)
         return running
 
 

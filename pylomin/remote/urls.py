@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
@@ -64,22 +65,25 @@ class Url:
 
     @property
     def name(self) -> str:
-        """What is behind the last slash."""
-        return self._plain.rpartition("/")[2]
+        """What is behind the last slash of the path."""
+        return self._plain.partition("://")[2].partition("/")[2].rpartition("/")[2]
 
     def beside(self, name: str) -> Url:
         """The file ``name`` in the directory that this file is in; the query, which may hold a token, stays.
 
         ``name`` may lie in a directory below it (:func:`check_inside`).
         """
-        if not self._has_query:
-            return Url(self.text.rpartition("/")[0] + "/" + name)
-        parts = urlsplit(self.text)
-        return Url(urlunsplit(parts._replace(path=parts.path.rpartition("/")[0] + "/" + quote(name))))
+        return self._with_path(lambda path: path.rpartition("/")[0], name)
 
     def below(self, name: str) -> Url:
         """The file ``name`` in this directory."""
-        return Url(self.text.rstrip("/") + "/").beside(name)
+        return self._with_path(lambda path: path.rstrip("/"), name)
+
+    def _with_path(self, directory_of: Callable[[str], str], name: str) -> Url:
+        if not self._has_query:
+            return Url(f"{directory_of(self.text)}/{name}")
+        parts = urlsplit(self.text)
+        return Url(urlunsplit(parts._replace(path=f"{directory_of(parts.path)}/{quote(name)}")))
 
     @property
     def _has_query(self) -> bool:

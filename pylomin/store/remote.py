@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from itertools import zip_longest
 from typing import Any
 
 from pylomin.errors import without_frames
@@ -37,7 +37,9 @@ def open_remote(
         file, at = _open(remote, choose)
         if fnmatchcase(at.name, _INDEX) or weights_mapping_key is not None:
             return _open_shards(remote, file, at, weights_mapping_key or WEIGHT_MAP)
-        return open_file(file)
+        store = open_file(file)
+        file.read_ahead()
+        return store
     except Exception as error:
         raise without_frames(error)  # noqa: B904 - they would keep the connection open
     finally:
@@ -71,8 +73,8 @@ def _open_shards(remote: Remote, file: RemoteFile, at: Url, key: str) -> Sharded
 
     store = ShardedStore(file, weights_mapping_key=key, open_shard=open_shard)
     in_order = [shards[name] for name in sorted(shards)]
-    for one, following in pairwise(in_order):
-        one.follow(following)
+    for one, following in zip_longest(in_order, in_order[1:]):
+        one.read_ahead(following)
     return store
 
 

@@ -94,6 +94,16 @@ class TestEntries:
         one.close(first)
         two.close(second)
 
+    def test_without_locks_of_open_files_everybody_may_fetch(self, cache, monkeypatch):
+        monkeypatch.setattr(entry_module, "_CLAIM", None)
+        kept = Cache(str(cache))
+        first, second = open_entry(kept, "a", 2), open_entry(kept, "a", 2)
+        assert first.claim(0, 2)
+        assert second.claim(0, 2)
+        first.unclaim(0, 2)
+        kept.close(first)
+        kept.close(second)
+
     @pytest.mark.parametrize("kept", [False, True])
     def test_marks_outlive_the_system_only_when_the_bytes_do(self, cache, monkeypatch, kept):
         directory = Cache(str(cache))

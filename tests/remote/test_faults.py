@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 import time
@@ -492,6 +493,26 @@ def test_a_nearly_full_disk_is_left_some_room(server, tensors, monkeypatch, cach
     monkeypatch.setattr(cache_module, "SPARE_BYTES", 1 << 60)
     with pytest.warns(RuntimeWarning, match="there is room for 0 B more"):
         store = pylomin.open_store(url)
+    assert_holds(store, tensors)
+    store.close()
+
+
+@pytest.mark.parametrize("room", [None, 1], ids=["into the cache", "past the cache"])
+@pytest.mark.filterwarnings("ignore:remote weights cannot all be kept")
+def test_an_interrupt_ends_the_wait(server, tensors, room):
+    url = server.put("m.safetensors", save(tensors))
+    store = pylomin.open_store(url, cache_size=room)
+
+    def fault(handler: Handler, served: Served) -> bool:
+        _thread.interrupt_main()
+        time.sleep(0.3)
+        return False
+
+    server.faults = [fault]
+    with pytest.raises(KeyboardInterrupt):
+        read_tensor(store, "layers.4.weight")
+        time.sleep(1)
+    server.faults = []
     assert_holds(store, tensors)
     store.close()
 

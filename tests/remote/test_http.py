@@ -99,6 +99,16 @@ def test_opening_fetches_the_header_alone(nginx):
     store.close()
 
 
+def test_a_long_header_does_not_bring_weights_along(nginx):
+    tensors = {f"{'name' * 40}.{i}": torch.full((300,), float(i)) for i in range(4000)}  # a header of 900 kB
+    save_file(tensors, nginx.root / "m.safetensors")
+    store = pylomin.open_store(f"{nginx.url}/m.safetensors")
+    assert len(store) == 4000
+    sent = sum(int(line.split()[9]) for line in nginx.requests())
+    assert sent <= 4 * BLOCK_BYTES
+    store.close()
+
+
 def test_groups_are_fetched_together(nginx):
     tensors = {f"{i}": torch.full((10_000,), float(i)) for i in range(100)}
     save_file(tensors, nginx.root / "m.safetensors")
