@@ -93,6 +93,7 @@ def test_goals_say_what_was_reached_and_what_failed(tmp_path: Path) -> None:
 
 def test_goals_read_every_kind_of_result() -> None:
     variants = [{**ROW, "variant": name} for name in ("lazy", TILED, "fit, 300MiB", "pylomin")]
+    variants.append({**ROW, "share_of_line": SPREAD, "variant": "remote, first pass"})
     more = {
         "times_needed": SPREAD,
         "time_of_predicted": SPREAD,
@@ -104,7 +105,8 @@ def test_goals_read_every_kind_of_result() -> None:
         {**more, "load_s": SPREAD, "tensors": 1, "weight_bytes": 1, "us_per_tensor": 1.0, **row} for row in variants
     ]
     ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD}
-    everything = result(rows=variants, times_as_fast_as=ratios, never_falls=True)
+    local = {"remote, second pass ÷ local file": SPREAD}
+    everything = result(rows=variants, times_as_fast_as=ratios, speed_ratios=local, never_falls=True)
     rows = goal_rows(dict.fromkeys({goal.benchmark for goal in GOALS}, everything))
     assert len(rows) == len(GOALS)
     assert not [row for row in rows if row[1] == "failed"]
