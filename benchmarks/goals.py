@@ -269,6 +269,22 @@ GOALS = (
         1,
         "{:.0%}",
     ),
+    Goal(
+        "remote",
+        "remote at 100 MB/s, first pass: share of the line's speed",
+        _of("remote, first pass", "share_of_line"),
+        GE,
+        0.9,
+        "{:.2f}",
+    ),
+    Goal(
+        "remote",
+        "remote, second pass: share of the speed from a local file",
+        lambda r: float(r["speed_ratios"]["remote, second pass ÷ local file"]["median"]),
+        GE,
+        0.95,
+        "{:.2f}",
+    ),
     Goal("fit", "fit: measured against predicted, farthest", _farthest_prediction, LE, 1.15, "{:.2f}"),
 )
 

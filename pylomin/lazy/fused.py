@@ -30,7 +30,7 @@ MOST_ROWS = {"int8-row": 32, "int8": 8}  # with more, decoding and a float32 pro
 MOST_COLUMNS = 1 << 17  # more products of codes and digits could overflow int32
 GROUPS_TOGETHER = 4  # in one product; with more, more is multiplied by zeros, with fewer there are more products
 WHOLE_COLUMNS = 64  # torch's kernel for bfloat16 reads beyond the end of rows that are no multiple of 16
-ROWS_TOGETHER = 4096  # of the weight, where it has groups: their products stay in the processor's cache
+PRODUCTS_BYTES = 2 << 20  # 2 MiB of products by group at one time, which stay in the processor's cache
 DIGITS = 3
 LARGEST = 127
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,7 +108,7 @@ def _multiply(
     steps = largest / LARGEST
     digits, groups = _digits(rows, steps), scales.shape[1]
     result = torch.empty(len(rows), len(codes))
-    step = ROWS_TOGETHER if groups > 1 else len(codes)
+    step = max(1, PRODUCTS_BYTES // (digits.nbytes // rows.shape[1] * 4 * groups)) if groups > 1 else len(codes)
     for some in (slice(first, first + step) for first in range(0, len(codes), step)):
         of_groups = scales[some].t().unsqueeze(1).to(torch.float32, memory_format=torch.contiguous_format)
         torch.sum(_group_products(digits, codes[some], groups).mul_(of_groups), 0, out=result[:, some])
