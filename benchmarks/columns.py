@@ -153,6 +153,15 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *MODE,
         ("largest difference", DIFFERENCE),
     ],
+    "lora": [
+        ("limit", mebibytes("limit_bytes")),
+        ("time of a step", PASS_S),
+        *AGAINST_BOUND,
+        *MEMORY,
+        *BUDGET,
+        *MODE,
+        ("largest difference of a gradient ÷ the largest gradient", DIFFERENCE),
+    ],
     "fit": [
         ("time of a token", PASS_S),
         ("predicted", median("predicted_s", "{:.3g} s")),

@@ -146,6 +146,23 @@ GOALS = (
     ),
     Goal("moe", "mixture of experts: bytes read ÷ needed", _of("pylomin", "times_needed"), LE, 1.05, "{:.3f}"),
     Goal("big_linear", "1 GiB layer, 64 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
+    Goal("lora", "LoRA step, 300 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
+    Goal(
+        "lora",
+        "its peak of weights",
+        lambda r: max(_row(r, "pylomin")[key] for key in ("ledger_peak_bytes", "peak_weight_bytes")) / (1 << 20),
+        LE,
+        300,
+        "{:.0f} MiB",
+    ),
+    Goal(
+        "lora",
+        "its gradients: largest difference ÷ largest gradient",
+        lambda r: _row(r, "pylomin")["difference"],
+        LE,
+        1e-5,
+        "{:.1g}",
+    ),
     Goal("fit", "fit: measured against predicted, farthest", _farthest_prediction, LE, 1.15, "{:.2f}"),
 )
 

@@ -200,9 +200,12 @@ class Contents:
                 self._plan(self.retention.order)
 
     def _settle(self, loaded: Loaded) -> None:
-        """Nobody holds it any more: it stays if it is planned to, or if it fits beside the window."""
+        """Nobody holds it any more: it stays if it is planned to, if it fits beside the window, or is used next."""
         if loaded.spoiled or not self._may_stay(loaded):
-            self._drop(loaded)
+            if not loaded.spoiled and self.reads_ahead and self.retention.is_next(loaded.members):
+                loaded.used, self._ahead[loaded] = False, None  # as if it had been read ahead
+            else:
+                self._drop(loaded)
         elif not loaded.kept:
             loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
 
@@ -237,7 +240,7 @@ class Contents:
         if loaded.kept:
             loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
         if not loaded.used:
-            self._stats.wasted += 1
+            self._stats.wasted += not loaded.last_use
             self._ahead.pop(loaded, None)
         self._in_memory.pop(loaded, None)
         if loaded.is_unpacked:

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ class Prefetcher:
         if residency.reads_inline:
             return
         wanted = self._wanted(residency)
-        residency.drop_ahead(wanted)
+        residency.drop_ahead([*wanted, *islice(residency.retention.ahead(), 1)])  # the next may be a small one
         for weights in wanted.values():
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:

@@ -98,6 +98,8 @@ def test_goals_read_every_kind_of_result() -> None:
         "time_of_predicted": SPREAD,
         "peak_of_predicted": SPREAD,
         "added_us_per_call": SPREAD,
+        "peak_weight_bytes": 1,
+        "difference": 0.0,
     }
     variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800.0 MiB", "pylomin, all resident")]
     variants = [
