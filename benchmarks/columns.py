@@ -153,6 +153,17 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *MODE,
         ("largest difference", DIFFERENCE),
     ],
+    "lockstep": [
+        ("limit", mebibytes("limit_bytes")),
+        ("time of all inputs", PASS_S),
+        ("share of resident speed", SHARE),
+        *AGAINST_BOUND,
+        *MEMORY,
+        ("hidden states", value("hidden_bytes", "{:,} B")),
+        *BUDGET,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
     "lora": [
         ("limit", mebibytes("limit_bytes")),
         ("time of a step", PASS_S),

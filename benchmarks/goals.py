@@ -66,6 +66,7 @@ def _farthest_prediction(result: Result) -> float:
 
 GE, LE = operator.ge, operator.le
 TILED = "lazy + 4 MiB tiles"
+ONE_INPUT = "one input at a time"
 GOALS = (
     Goal("bert", "BERT, cached: share of resident speed", _of("lazy", "share_of_resident"), GE, 0.97, "{:.2f}"),
     Goal("bert", "the same with 4 MiB tiles", _of(TILED, "share_of_resident"), GE, 0.92, "{:.2f}"),
@@ -146,6 +147,15 @@ GOALS = (
     ),
     Goal("moe", "mixture of experts: bytes read ÷ needed", _of("pylomin", "times_needed"), LE, 1.05, "{:.3f}"),
     Goal("big_linear", "1 GiB layer, 64 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
+    Goal("lockstep", "32 inputs in lockstep: × one at a time", _as_fast_as(ONE_INPUT), GE, 20, "{:.1f}"),
+    Goal(
+        "lockstep",
+        "their hidden states ÷ 32 times those of one",
+        lambda r: _row(r, "lockstep")["hidden_bytes"] / (32 * _row(r, ONE_INPUT)["hidden_bytes"]),
+        LE,
+        1,
+        "{:.2f}",
+    ),
     Goal("lora", "LoRA step, 300 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
     Goal(
         "lora",

@@ -230,7 +230,7 @@ class Turns:
 
     def _read_ahead(self, need: Need) -> None:
         """Begin to read what most will wait for, while others still use what is there."""
-        if self._ahead is not None or need.is_there():
+        if self._ahead is not None or need.residency.prefetcher is None or need.is_there():
             return
         counts = Counter(other.key for other in self._paused.values() if not other.is_there())
         to_come = len(self._paused) - counts.total() + len(self._new)  # most likely to the same as this one

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.columns import COLUMNS, caption
-from benchmarks.goals import GOALS, TILED, goal_rows
+from benchmarks.goals import GOALS, ONE_INPUT, TILED, goal_rows
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.run import BENCHMARKS
 from benchmarks.tables import PAGES, TABLES, fill, table
@@ -99,13 +99,15 @@ def test_goals_read_every_kind_of_result() -> None:
         "peak_of_predicted": SPREAD,
         "added_us_per_call": SPREAD,
         "peak_weight_bytes": 1,
+        "hidden_bytes": 1,
         "difference": 0.0,
     }
     variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800.0 MiB", "pylomin, all resident")]
     variants = [
         {**more, "load_s": SPREAD, "tensors": 1, "weight_bytes": 1, "us_per_tensor": 1.0, **row} for row in variants
     ]
-    ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD}
+    variants += [{**ROW, **more, "variant": name} for name in (ONE_INPUT, "lockstep")]
+    ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD, ONE_INPUT: SPREAD}
     everything = result(rows=variants, times_as_fast_as=ratios, never_falls=True)
     rows = goal_rows(dict.fromkeys({goal.benchmark for goal in GOALS}, everything))
     assert len(rows) == len(GOALS)
