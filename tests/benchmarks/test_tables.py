@@ -103,10 +103,10 @@ def test_goals_read_every_kind_of_result() -> None:
         "difference": 0.0,
     }
     variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800.0 MiB", "pylomin, all resident")]
+    variants += [{**ROW, **more, "variant": name} for name in (ONE_INPUT, "lockstep")]
     variants = [
         {**more, "load_s": SPREAD, "tensors": 1, "weight_bytes": 1, "us_per_tensor": 1.0, **row} for row in variants
     ]
-    variants += [{**ROW, **more, "variant": name} for name in (ONE_INPUT, "lockstep")]
     ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD, ONE_INPUT: SPREAD}
     everything = result(rows=variants, times_as_fast_as=ratios, never_falls=True)
     rows = goal_rows(dict.fromkeys({goal.benchmark for goal in GOALS}, everything))
