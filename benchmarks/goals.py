@@ -98,6 +98,7 @@ ROUNDED = "int8-row, inputs in bfloat16"  # as benchmarks.quantized_decode calls
 OUR_STEPS = ("load", "load_and_run", "load_and_write")  # of benchmarks.from_pretrained; the others are transformers'
 GE, LE = operator.ge, operator.le
 TILED = "lazy + 4 MiB tiles"
+ONE_INPUT = "one input at a time"
 GOALS = (
     Goal("bert", "BERT, cached: share of resident speed", _of("lazy", "share_of_resident"), GE, 0.97, "{:.2f}"),
     Goal("bert", "the same with 4 MiB tiles", _of(TILED, "share_of_resident"), GE, 0.92, "{:.2f}"),
@@ -184,6 +185,15 @@ GOALS = (
         "onramps",
         "memory of every on-ramp ÷ (2 × largest + 64 MiB)",
         lambda r: max(row["peak_growth_bytes"] for row in r["rows"]) / r["settings"]["limit_bytes"],
+        LE,
+        1,
+        "{:.2f}",
+    ),
+    Goal("lockstep", "32 inputs in lockstep: × one at a time", _as_fast_as(ONE_INPUT), GE, 20, "{:.1f}"),
+    Goal(
+        "lockstep",
+        "their hidden states ÷ 32 times those of one",
+        lambda r: _row(r, "lockstep")["hidden_bytes"] / (32 * _row(r, ONE_INPUT)["hidden_bytes"]),
         LE,
         1,
         "{:.2f}",
@@ -284,6 +294,23 @@ GOALS = (
         GE,
         0.95,
         "{:.2f}",
+    ),
+    Goal("lora", "LoRA step, 300 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
+    Goal(
+        "lora",
+        "its peak of weights",
+        lambda r: max(_row(r, "pylomin")[key] for key in ("ledger_peak_bytes", "peak_weight_bytes")) / (1 << 20),
+        LE,
+        300,
+        "{:.0f} MiB",
+    ),
+    Goal(
+        "lora",
+        "its gradients: largest difference ÷ largest gradient",
+        lambda r: _row(r, "pylomin")["difference"],
+        LE,
+        1e-5,
+        "{:.1g}",
     ),
     Goal("fit", "fit: measured against predicted, farthest", _farthest_prediction, LE, 1.15, "{:.2f}"),
 )

@@ -81,7 +81,14 @@ def summarise(
         "share_of_resident": asdict(paired_ratios(compute_s, times_s)),
         **{key: max(process_memory(run)[key] for run in runs) for key in process_memory(runs[0])},
     }
-    for key in ("ledger_peak_bytes", "peak_tensor_bytes", "peak_weight_bytes", "difference", "group_peak_bytes"):
+    for key in (
+        "ledger_peak_bytes",
+        "peak_tensor_bytes",
+        "peak_weight_bytes",
+        "difference",
+        "group_peak_bytes",
+        "hidden_bytes",
+    ):
         if key in runs[0].report:
             row[key] = max(run.report[key] for run in runs)
     for key in ("reading_mode", "stall_s", "cached_share"):

@@ -39,6 +39,8 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "quantize": "Size, error and speed of quantised stores",
             "training_checkpoints": "Training checkpoints: deltas, standing still, kills",
             "fit": "What fit predicts against what is measured",
+            "lockstep": "32 inputs in lockstep, beside one at a time",
+            "lora": "A step of LoRA fine-tuning under a budget of 300 MiB",
         }.items()
     },
 }

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pylomin.passes.chunked_linear import chunked_linear
     from pylomin.passes.fit import fit
     from pylomin.passes.lazy_loading import lazy_loading
+    from pylomin.passes.lockstep import lockstep
     from pylomin.passes.memory_budget import set_memory_budget
     from pylomin.passes.planning import plan_of
     from pylomin.passes.prefetch import prefetch
@@ -76,6 +77,7 @@ _LAZY = {
     "lightning_callback": "pylomin.checkpoint.lightning",
     "load": "pylomin.loading",
     "load_checkpoint": "pylomin.checkpoint.directory",
+    "lockstep": "pylomin.passes.lockstep",
     "open_store": "pylomin.store.open",
     "peak_memory": "pylomin.measure",
     "plan_of": "pylomin.passes.planning",
@@ -140,6 +142,7 @@ __all__ = [
     "lightning_callback",
     "load",
     "load_checkpoint",
+    "lockstep",
     "open_store",
     "peak_memory",
     "plan_of",

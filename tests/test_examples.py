@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,16 @@ def test_custom_module() -> None:
 
 def test_gpt2_generates_what_it_would_in_memory() -> None:
     assert "as in memory True" in run("examples/gpt2.py", "--tokens", "6")
+
+
+def test_lora_learns_within_its_budget(tmp_path: Path) -> None:
+    printed = run("examples/lora.py", "--steps", "12", "--output", str(tmp_path / "adapter"))
+    assert "within the budget: True" in printed
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", printed).groups())  # type: ignore[union-attr]
+    assert last < first
+    peak, base = map(float, re.search(r"at most ([\d.]+) of ([\d.]+) MB", printed).groups())  # type: ignore[union-attr]
+    assert peak < base / 5
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def run_demo(directory: Path, monkeypatch: pytest.MonkeyPatch, broken: str | None = None) -> dict[str, object]:

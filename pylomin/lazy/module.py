@@ -104,7 +104,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
         with hold:
             if not torch.is_grad_enabled():
                 return cls.forward(self, *args, **kwargs)
-            with saving_pointers(weights):
+            with saving_pointers(group):
                 return cls.forward(self, *args, **kwargs)
 
     mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)

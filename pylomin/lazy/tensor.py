@@ -197,8 +197,8 @@ class OffloadedTensor(torch.Tensor):
         elif requires_grad:
             raise OffloadedWriteError(
                 f"weight '{self.weight.name}' is offloaded and cannot require grad: there is no memory to accumulate "
-                "it in. Keep the modules you train in memory (lazy_loading(model, skip_modules=[...])), or undo "
-                "offloading first with pylomin.restore(model)."
+                "it in. Keep the modules you train in memory (lazy_loading(model, skip_modules=[...])), or get them "
+                "back into it first: pylomin.restore(model, target_modules=[...])."
             )
         else:
             self.trainable = False

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.modes import Mode
@@ -21,6 +22,9 @@ from pylomin.residency.stats import Stats
 from pylomin.residency.tiling import bytes_per_tile, lines_of, tile_rows
 from pylomin.residency.trace import Key
 from pylomin.residency.weight import State, Weight
+
+if TYPE_CHECKING:
+    from pylomin.residency.turns import Turns
 
 MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
@@ -76,6 +80,7 @@ class Contents:
         self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
         self._unpacked_bytes = 0  # that is decoded now
         self._recording: Recording | None = None
+        self.turns: Turns | None = None  # while workers run in lockstep
         self._review_at = REVIEW_USES  # number of the use at which the reading mode is chosen anew
         self._reviewed_s = 0.0
 
@@ -207,9 +212,13 @@ class Contents:
                 self._plan(self.retention.order)
 
     def _settle(self, loaded: Loaded) -> None:
-        """Nobody holds it any more: it stays if it is planned to, or if it fits beside the window."""
+        """Nobody holds it any more: it stays if it is planned to, if it fits beside the window, or is used next."""
         if loaded.spoiled or not self._may_stay(loaded):
-            self._drop(loaded)
+            waits = self.reads_ahead or self.turns is not None
+            if waits and not loaded.spoiled and not loaded.is_unpacked and self.retention.is_next(loaded.members):
+                loaded.used, self._ahead[loaded] = False, None  # as if it had been read ahead
+            else:
+                self._drop(loaded)
         elif not loaded.kept:
             loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
 
@@ -228,6 +237,8 @@ class Contents:
         room_bytes = budget - window_bytes - loaded.nbytes
         if self._kept_bytes <= room_bytes:
             return True
+        if self.turns is not None:  # some workers may have used what would give way, and others not
+            return False
         # The order is not known to repeat: in the place of what is predicted to be used later.
         others = [other for other in self._in_memory if other.kept and not self._is_held(other)]
         for other in self.retention.later(loaded, others, self._kept_bytes - room_bytes):
@@ -244,7 +255,7 @@ class Contents:
         if loaded.kept:
             loaded.kept, self._kept_bytes = False, self._kept_bytes - loaded.nbytes
         if not loaded.used:
-            self._stats.wasted += 1
+            self._stats.wasted += not loaded.last_use
             self._ahead.pop(loaded, None)
         self._in_memory.pop(loaded, None)
         if loaded.is_unpacked:

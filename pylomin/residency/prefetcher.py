@@ -8,8 +8,9 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 SMALL_GROUP_BYTES = 256 << 10  # 256 KiB; reading so little inline is quicker than waking a thread for it
 FORK_CHECK_S = 1.0  # who waits for the thread looks so often whether this is the process that has it
 MOST_PLANNED = 8  # groups to read ahead by a plan, where its window has room; more gain nothing
+
+
+class Job(Protocol):
+    """What the reading thread does."""
+
+    def run(self) -> None: ...
 
 
 class Prefetcher:
@@ -40,7 +47,7 @@ class Prefetcher:
         self.fixed_depth = depth
         self.depth = depth or 1
         self._jobs: set[_Job] = set()  # given to the thread, and neither finished nor abandoned
-        self._queue: SimpleQueue[_Job | RunAhead | None] = SimpleQueue()
+        self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
@@ -60,7 +67,7 @@ class Prefetcher:
         if residency.reads_inline:
             return
         wanted = self._wanted(residency)
-        residency.drop_ahead(wanted)
+        residency.drop_ahead([*wanted, *islice(residency.retention.ahead(), 1)])  # the next may be a small one
         for weights in wanted.values():
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
@@ -72,11 +79,19 @@ class Prefetcher:
             try:
                 self._jobs.add(job)
                 residency.load_started(missing, in_background=True)
-                self._start_thread()
-                self._queue.put(job)
+                self.submit(job)
             except BaseException:
                 job.abandon()
                 raise
+
+    def reserve(self, residency: Residency, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+        """Memory for what :meth:`submit` is given to read; None where there is none now. Under the residency's lock."""
+        return _reserve_ahead(residency, weights, places, residency.tiles_bytes)
+
+    def submit(self, job: Job) -> None:
+        """Run it in the reading thread."""
+        self._start_thread()
+        self._queue.put(job)
 
     def read_run(self, residency: Residency, weight: Weight, run: tuple[int, int]) -> RunAhead | None:
         """Start reading one run of a weight for somebody who comes for it; None if it should not be read ahead.
@@ -90,8 +105,7 @@ class Prefetcher:
         if room is None:
             return None
         ahead = RunAhead(residency, room)
-        self._start_thread()
-        self._queue.put(ahead)
+        self.submit(ahead)
         return ahead
 
     def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
@@ -199,14 +213,14 @@ def _reserve_ahead(
         return None
 
 
-def _serve(queue: SimpleQueue[_Job | RunAhead | None]) -> None:
+def _serve(queue: SimpleQueue[Job | None]) -> None:
     while (job := queue.get()) is not None:
         job.run()
         del job  # or this thread would keep the model alive while it waits
     queue.put(None)  # for another thread: an interrupt may have come while the first was started
 
 
-def _end(queue: SimpleQueue[_Job | RunAhead | None], thread: threading.Thread, owner_pid: int) -> None:
+def _end(queue: SimpleQueue[Job | None], thread: threading.Thread, owner_pid: int) -> None:
     """Runs also in finalizers: in the thread itself, where the last reference was its own, and in forked children."""
     if os.getpid() == owner_pid:
         queue.put(None)

@@ -1,11 +1,11 @@
-"""A known order of uses, replayed: where each thread is in it, and which groups have to be read next."""
+"""A known order of uses, replayed: where each thread (lane) is in it, and which groups have to be read next."""
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 
+from pylomin.residency.lane import Lanes
 from pylomin.residency.trace import Key
 
 
@@ -19,14 +19,14 @@ class Replay:
         resident: those that stay in memory, so that nothing of them has to be read.
     """
 
-    def __init__(self, order: Sequence[Key], resident: Collection[Key]) -> None:
+    def __init__(self, order: Sequence[Key], resident: Collection[Key], lanes: Lanes | None = None) -> None:
         self.order = tuple(order)
         self.latest = -1  # the place of the thread that used something last
         self._places: dict[Key, list[int]] = {}
         for place, key in enumerate(self.order):
             self._places.setdefault(key, []).append(place)
         self._streamed = [place for place, key in enumerate(self.order) if key not in resident]
-        self._at = threading.local()  # the place of this thread; None where it left the order
+        self._lanes = lanes or Lanes()
 
     @property
     def streams(self) -> bool:
@@ -35,29 +35,38 @@ class Replay:
 
     def follow(self, key: Key) -> bool:
         """``key`` is used now, by this thread. Whether that is what the order says; if so, go on to it."""
-        place: int | None = getattr(self._at, "place", -1)
+        lane = self._lanes.here
+        if lane.place_in is not self:
+            lane.place_in, lane.place = self, -1
+        place = lane.place
         if place is None:
             return False
         place = place + 1 if place + 1 < len(self.order) else 0
         if self.order[place] != key:
             return False
-        self._at.place = self.latest = place
+        lane.place = self.latest = place
         return True
 
     def seek(self, key: Key) -> None:
         """``key`` is used now, not as the order says: go on from where it comes next, if it does."""
+        lane, place = self._lanes.here, self._place()
+        lane.place_in = self
         places = self._places.get(key)
         if places is None:
-            self._at.place = None
+            lane.place = None
             return
-        place = getattr(self._at, "place", None)
         after = self.latest if place is None else place
-        self._at.place = self.latest = places[bisect_right(places, after) % len(places)]
+        lane.place = self.latest = places[bisect_right(places, after) % len(places)]
 
     def last_two(self) -> tuple[Key, Key] | None:
         """The last uses of this thread, if it followed the order."""
-        place: int | None = getattr(self._at, "place", None)
+        place = self._place()
         return None if place is None else (self.order[place - 1], self.order[place])
+
+    def _place(self) -> int | None:
+        """Of this lane; None where it has not begun, or left the order."""
+        lane = self._lanes.here
+        return None if lane.place_in is not self or lane.place == -1 else lane.place
 
     def streamed_ahead(self) -> Iterator[Key]:
         """What is not resident of the uses after the latest, nearest first, once round."""

@@ -26,6 +26,7 @@ from pylomin.residency.recording import Measured, Recording
 from pylomin.residency.stats import Stats
 from pylomin.residency.tiling import tile_rows
 from pylomin.residency.trace import Key
+from pylomin.residency.turns import Group, Run, Turns
 from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout, used_from
 from pylomin.store.scratch import ScratchDirectory
@@ -74,13 +75,23 @@ class Residency(Contents):
 
     def set_depth(self, depth: int | None) -> None:
         """Read this many large groups ahead; None: as many as the plan's window holds, 0: none."""
+        self.exchange_prefetcher(Prefetcher(depth) if depth != 0 else None)
         with self.lock:
-            prefetcher, self._prefetcher = self._prefetcher, Prefetcher(depth) if depth != 0 else None
+            self._plan(self.retention.order)
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """What reads in the background."""
+        return self._prefetcher
+
+    def exchange_prefetcher(self, other: Prefetcher | None) -> None:
+        """Read with ``other`` from now on; what was read ahead by the one before leaves."""
+        with self.lock:
+            prefetcher, self._prefetcher = self._prefetcher, other
         if prefetcher is not None:
             prefetcher.close()  # outside the lock, which the running read needs to finish
         with self.lock:
             self.drop_ahead(wanted=())
-            self._plan(self.retention.order)
 
     def stats(self) -> Stats:
         """The counters now."""
@@ -169,6 +180,8 @@ class Residency(Contents):
             else:
                 self._used(hold, missed=False)
                 return
+        if self.turns is not None:
+            self._take_turns(self.turns, Group(self, hold.weights))
         missed, waiter = False, None
         while True:
             with self.lock:
@@ -236,6 +249,31 @@ class Residency(Contents):
         return self._load_runs(weight, runs)
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        turns = self.turns
+        if turns is None or turns.here() is None or len(runs) > 1 or not Run.is_worth_sharing(weight, runs):
+            return self._read_runs(weight, runs)
+        run = Run(self, weight, tuple(runs))
+        self._take_turns(turns, run)
+        values = turns.share(run)
+        if values is None:
+            values = self._read_runs(weight, runs)
+            turns.give(run, values)
+        return values
+
+    def _take_turns(self, turns: Turns, need: Group | Run) -> None:
+        """In lockstep: let others run until ``need`` is there, or is to be loaded by this thread."""
+        worker, me = turns.here(), threading.get_ident()
+        if worker is None:  # another thread's forward
+            return
+        with self.lock:
+            self._waiting[me] = _always  # who runs now need not wait for the memory that this thread holds
+        try:
+            turns.pause(worker, need)
+        finally:
+            with self.lock:
+                self._waiting.pop(me, None)
+
+    def _read_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         me, waiter = threading.get_ident(), Waiter()
         room = None
         while room is None:
@@ -522,7 +560,7 @@ class Residency(Contents):
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
         self.lock = threading.RLock()
-        self._waiters, self._waiting = [], {}
+        self._waiters, self._waiting, self.turns = [], {}, None
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self._prefetcher.fixed_depth) if self._prefetcher is not None else None
         # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
@@ -548,6 +586,10 @@ class Residency(Contents):
 def resident_bytes_of_all() -> int:
     """Of all models in this process."""
     return sum(residency.pool.asked_bytes() for residency in list(_all))
+
+
+def _always() -> bool:
+    return True
 
 
 def _any_offloaded(weights: Sequence[Weight]) -> bool:

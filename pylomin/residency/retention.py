@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Protocol, TypeVar
 
 from pylomin.residency.cycle import Cycle
 from pylomin.residency.eviction import evict
+from pylomin.residency.lane import Lanes
 from pylomin.residency.recording import Measured
 from pylomin.residency.replay import Replay
 from pylomin.residency.schedule import Schedule, choose_residents
@@ -40,20 +41,22 @@ class Retention:
     """
 
     def __init__(self) -> None:
-        self.trace = Trace()
+        self.lanes = Lanes()
+        self.trace = Trace(self.lanes)
         self.order: tuple[Key, ...] = ()  # of the last cycle that was planned for
         self.schedule: Schedule | None = None
         self._residents: frozenset[int] = frozenset()  # indices of weights
         self._replay: Replay | None = None
         self._measured: Measured | None = None
         self._has_budget = False
-        self._cycles = threading.local()
+        self._plan: object = None  # a new one for each plan
 
     # -- uses -------------------------------------------------------------------------------------------------------
 
     def used(self, key: Key) -> Sequence[Key] | None:
         """``key`` is used now, by this thread. Returns the order to plan for, when it has become known or changed."""
-        replay, cycle = self._replay, getattr(self._cycles, "of_thread", None)
+        replay, lane = self._replay, self.lanes.here
+        cycle = lane.cycle if lane.cycle_of is self._plan else None
         if replay is not None:
             if not replay.follow(key):
                 last_two = replay.last_two()
@@ -66,10 +69,11 @@ class Retention:
         if not self._has_budget:
             return None
         if cycle is None:
-            cycle = self._cycles.of_thread = Cycle(self.order)
+            cycle = lane.cycle = Cycle(self.order)
+            lane.cycle_of = self._plan
         order: Sequence[Key] | None = cycle.record(key)
         if order is not None:
-            self._cycles.of_thread = None
+            lane.cycle = None
         return order if order != self.order else None
 
     def plan(
@@ -78,7 +82,7 @@ class Retention:
         """Decide what stays, for uses that repeat in this order; the first after that is expected next."""
         self.order, self._has_budget = tuple(order), budget_bytes is not None
         self.schedule, self._replay, self._residents = None, None, frozenset()
-        self._cycles = threading.local()  # what was observed of another order no longer counts
+        self._plan = object()  # what was observed of another order no longer counts
         if not order or budget_bytes is None:
             return
         numbers = {key: number for number, key in enumerate(groups)}
@@ -87,15 +91,16 @@ class Retention:
         if not reads_ahead:  # computing hides no reading: the least reading is best, whatever the window
             compute_s = [0.0] * len(order)
         costs = measured.costs if measured is not None else None
-        schedule = choose_residents(
-            [numbers[key] for key in order], list(groups.values()), budget_bytes, compute_s=compute_s, costs=costs
-        )
+        sizes, uses = list(groups.values()), [numbers[key] for key in order]
+        if reads_ahead:
+            uses, compute_s = _merged(uses, compute_s, sizes)
+        schedule = choose_residents(uses, sizes, budget_bytes, compute_s=compute_s, costs=costs)
         if schedule is None:
             return
         resident = {key for key, number in numbers.items() if number in schedule.residents}
         self.schedule = schedule
         self._residents = frozenset(index for key in resident for index in key)
-        self._replay = Replay(self.order, resident)
+        self._replay = Replay(self.order, resident, self.lanes)
 
     @property
     def measured(self) -> Measured | None:
@@ -129,6 +134,10 @@ class Retention:
         """Groups that may have to be read next, nearest first."""
         return self.trace.upcoming(LOOKAHEAD) if self._replay is None else self._replay.streamed_ahead()
 
+    def is_next(self, members: Key) -> bool:
+        """Whether some of what was loaded has to be read next, if it leaves now."""
+        return not set(members).isdisjoint(next(self.ahead(), ()))
+
     def victim(self, idle: Sequence[InMemoryT]) -> InMemoryT:
         """What to give up first for something that is needed now.
 
@@ -160,3 +169,18 @@ class Retention:
             if (distances := [by_weight[index] for index in loaded.members if index in by_weight])
         }
         return {loaded: loaded.nbytes for loaded in sorted(idle, key=lambda loaded: loaded.last_use)}, next_use
+
+
+def _merged(
+    uses: Sequence[int], compute_s: Sequence[float] | None, groups: Sequence[Group]
+) -> tuple[list[int], list[float] | None]:
+    """Uses of one group that follow each other are one: it is not read again. Of what is used by tiles, it is."""
+    runs = [list(run) for _, run in groupby(range(len(uses)), key=lambda at: uses[at])]
+    if len(runs) > 1 and uses[0] == uses[-1]:  # round the end of the cycle
+        runs[0] = [*runs.pop(), *runs[0]]
+    merged: list[list[int]] = []
+    for run in runs:
+        is_tiled = groups[uses[run[0]]].streamed_bytes is not None
+        merged += [[at] for at in run] if is_tiled else [run]
+    times_s = None if compute_s is None else [sum(compute_s[at] for at in run) for run in merged]
+    return [uses[run[0]] for run in merged], times_s

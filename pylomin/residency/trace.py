@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+
+from pylomin.residency.lane import Lanes
 
 Key = tuple[int, ...]
 """A group: the indices of its weights."""
@@ -13,29 +14,30 @@ class Trace:
     """Predicts the next use from the last two.
 
     Two uses are context enough for what models do: loops over layers, the next token's forward after this one's,
-    a module that is shared by two places. The order is kept per thread, so that threads do not see each other's
+    a module that is shared by two places. The order is kept per thread (lane), so that threads do not see each other's
     uses as a sequence; what was learnt is shared. A wrong prediction costs a read, never a wrong result.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lanes: Lanes | None = None) -> None:
         self._after: dict[tuple[Key | None, Key], Key] = {}
-        self._last = threading.local()
+        self._lanes = lanes or Lanes()
 
     def record(self, key: Key) -> None:
         """``key`` is used now, by this thread."""
-        before, last = self._last_two()
+        lane = self._lanes.here
+        before, last = lane.last_two
         if last is not None:
             self._after[before, last] = key
             self._after[None, last] = key  # for contexts never seen
-        self._last.two = (last, key)
+        lane.last_two = (last, key)
 
     def resume(self, before: Key, last: Key) -> None:
         """These were the last two uses of this thread, whatever was recorded of it."""
-        self._last.two = (before, last)
+        self._lanes.here.last_two = (before, last)
 
     def upcoming(self, limit: int) -> Iterator[Key]:
         """The next uses of this thread, nearest first, as far as the order is known; at most ``limit``."""
-        before, last = self._last_two()
+        before, last = self._lanes.here.last_two
         for _ in range(limit):
             if last is None:
                 return
@@ -44,7 +46,3 @@ class Trace:
                 return
             yield following
             before, last = last, following
-
-    def _last_two(self) -> tuple[Key | None, Key | None]:
-        two: tuple[Key | None, Key | None] = getattr(self._last, "two", (None, None))
-        return two

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pylomin
-from benchmarks import big_linear, llama, many_tensors, suite
+from benchmarks import big_linear, llama, lora, many_tensors, suite
 from benchmarks.gguf_file import gguf_file, gguf_name, interleaved
 from benchmarks.moe import SIZES, Needed, Qwen2MoeForCausalLM
 from benchmarks.suite import make_room
@@ -112,3 +112,15 @@ def test_worker_reports_within_its_budget(tmp_path: Path) -> None:
     assert report["ledger_peak_bytes"] <= budget
     assert report["peak_weight_bytes"] <= budget
     assert report["difference"] < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft calls it
+def test_fine_tuning_is_measured_within_its_budget(tmp_path: Path) -> None:
+    config, budget = llama.SIZES["tiny"], lora.BUDGETS["tiny"]
+    llama.prepare(config, tmp_path)
+    lora.work("resident", budget, config, tmp_path)
+    report = lora.work("pylomin", budget, config, tmp_path)
+    assert len(report["passes"]) == lora.STEPS
+    assert report["ledger_peak_bytes"] <= budget
+    assert report["peak_weight_bytes"] <= budget
+    assert report["difference"] < 1e-5

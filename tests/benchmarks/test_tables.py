@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.columns import COLUMNS, caption
-from benchmarks.goals import GOALS, OUR_STEPS, ROUNDED, TILED, goal_rows
+from benchmarks.goals import GOALS, ONE_INPUT, OUR_STEPS, ROUNDED, TILED, goal_rows
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.run import BENCHMARKS
 from benchmarks.tables import PAGES, TABLES, fill, table
@@ -99,8 +99,12 @@ def test_goals_read_every_kind_of_result() -> None:
         "time_of_predicted": SPREAD,
         "peak_of_predicted": SPREAD,
         "added_us_per_call": SPREAD,
+        "peak_weight_bytes": 1,
+        "hidden_bytes": 1,
+        "difference": 0.0,
     }
     variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800.0 MiB", "pylomin, all resident")]
+    variants += [{**ROW, **more, "variant": name} for name in (ONE_INPUT, "lockstep")]
     quantized = {"result_bytes": 1, "rms_error": SPREAD, "share_of_slower": SPREAD, "added_bytes": SPREAD}
     variants += [{**quantized, "variant": name} for name in ("DistilBERT, int8", "decoder, int8")]
     variants += [
@@ -111,7 +115,7 @@ def test_goals_read_every_kind_of_result() -> None:
     variants = [
         {**more, "load_s": SPREAD, "tensors": 1, "weight_bytes": 1, "us_per_tensor": 1.0, **row} for row in variants
     ]
-    ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD}
+    ratios = {"transformers, memory-mapped": SPREAD, "llama.cpp F32": SPREAD, ONE_INPUT: SPREAD}
     everything = result(rows=variants, times_as_fast_as=ratios, never_falls=True)
     everything |= {"never_slower_than_float32": True, "kills": {"kills": 2, "restored": 2}}
     everything["speed_ratios"] = {
