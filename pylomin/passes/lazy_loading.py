@@ -25,6 +25,7 @@ from pylomin.lazy.offload import (
 from pylomin.lazy.sources import fill_buffers, matched_sources, memory_sources, missing_error, written_sources
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.selection import ModuleT, check_model, select_modules
+from pylomin.residency.device import execution_device
 from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
 from pylomin.store.open import open_store
@@ -88,7 +89,7 @@ def lazy_loading(
     if output_dir is not None and (storage == "cpu" or weights is not None):
         raise PassError("output_dir is for weights that are written; with storage='cpu' or weights=, none are.")
     check_mode(reading_mode)
-    execution_device = None if device is None else torch.empty(0, device=device).device
+    compute_device = execution_device(device)
     targets = select_modules(
         model, target_classes=target_classes, target_modules=target_modules, skip_modules=skip_modules
     )
@@ -96,7 +97,7 @@ def lazy_loading(
     for tie in ties:
         check_parameter(tie, has_weights=weights is not None)
 
-    check_budget(planned_footprints(ties, execution_device), budget)
+    check_budget(planned_footprints(ties, compute_device), budget)
     residency = residency_for(model)
     if weights is not None:
         store = open_store(weights)
@@ -113,7 +114,7 @@ def lazy_loading(
         ties,
         sources,
         residency,
-        device=execution_device,
+        device=compute_device,
         memory_budget=budget,
         reading_mode=reading_mode,
     )

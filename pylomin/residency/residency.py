@@ -13,12 +13,12 @@ from functools import partial
 
 import torch
 
-from pylomin.errors import BudgetError, ScratchError, without_frames
+from pylomin.errors import BudgetError, ScratchError, TraceError, without_frames
 from pylomin.io.buffers import BufferPool
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
-from pylomin.residency.hold import Hold, UnpackingHold
+from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
@@ -46,6 +46,7 @@ class Residency(Contents):
         self.scratch: ScratchDirectory | None = None
         self.choices: dict[str, str] = {}  # what `fit` chose, and why
         self._overlay = Overlay()
+        self._hold_class: type[Hold] = Hold
         self._holders: dict[int, int] = {}  # holds by thread
         # Threads that wait for memory, and whether they still need to.
         self._waiting: dict[int, Callable[[], bool]] = {}
@@ -64,6 +65,20 @@ class Residency(Contents):
             self.pool.set_limit(memory_budget)
             self._choose_reading()
             self._plan(self.retention.order)
+
+    def _stream_to(self, device: torch.device) -> None:
+        super()._stream_to(device)
+        self._hold_class = DeviceHold
+
+    def refuse_capture(self) -> None:
+        """Raises TraceError where a CUDA graph is captured."""
+        for carrier in self.carriers.values():
+            if carrier.device.is_capturing():
+                raise TraceError(
+                    "a CUDA graph is being captured, and it would not have the loading of offloaded weights in it: its "
+                    "replays would read memory that others use by then. Run the model without capturing "
+                    "(torch.compile without mode='reduce-overhead'), or undo offloading first: pylomin.restore(model)."
+                )
 
     def set_reading_mode(self, mode: Mode | None) -> None:
         """Read in this mode, wherever it is possible; None: in the one that suits."""
@@ -92,6 +107,7 @@ class Residency(Contents):
                 reading_why=self.reading.why,
                 resident_bytes=self.pool.in_use_bytes(),
                 peak_bytes=self.pool.peak_bytes,
+                pinned_bytes=sum(carrier.ring_bytes for carrier in self.carriers.values()),
             )
 
     def start_recording(self) -> None:
@@ -145,16 +161,17 @@ class Residency(Contents):
         for weight in weights if group is None else group:
             if weight.parts:
                 return self._unpacking_hold(weights, group)
-        return Hold(self, weights, group)
+        return self._hold_class(self, weights, group)
 
     def _unpacking_hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None) -> Hold | UnpackingHold:
+        made = self._hold_class
         packed = [weight for weight in weights if weight.parts]
         if group is None:
-            return UnpackingHold(Hold(self, used_from(weights), None), Hold(self, packed, None))
+            return UnpackingHold(made(self, used_from(weights), None), made(self, packed, None))
         kept = used_from([weight for weight in group if weight in weights or weight.parts])
         whole = [weight for weight in kept if not (weight.is_part and weight.tiled)]
-        hold = Hold(self, whole, used_from(group))
-        return UnpackingHold(hold, Hold(self, packed, packed)) if packed else hold
+        hold = made(self, whole, used_from(group))
+        return UnpackingHold(hold, made(self, packed, packed)) if packed else hold
 
     def acquire(self, hold: Hold) -> None:
         with self.lock:
@@ -237,6 +254,8 @@ class Residency(Contents):
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         me, waiter = threading.get_ident(), Waiter()
+        if self.carriers:
+            self.refuse_capture()
         room = None
         while room is None:
             with self.lock:
@@ -250,6 +269,7 @@ class Residency(Contents):
                 waiter.wait()
         started = time.perf_counter()
         values = room.load()[0]
+        room.use()
         read_s = time.perf_counter() - started
         with self.lock:
             self.run_was_read(places, read_s)
@@ -369,6 +389,7 @@ class Residency(Contents):
     ) -> None:
         places = room.places
         loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes, bool(weights[0].parts))
+        loaded.arrivals = room.arrivals
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -505,6 +526,8 @@ class Residency(Contents):
         if not self._is_held(weight.loaded):
             self._drop(weight.loaded)
         else:  # a forward that runs now sees the new values, as it would in an ordinary model
+            for arrival in weight.loaded.arrivals:
+                arrival.use()
             with torch.no_grad():
                 weight.tensor.copy_(values)
             weight.loaded_version = weight.tensor._version
@@ -539,7 +562,7 @@ class Residency(Contents):
             return
         # Found by the garbage collector, because keeping a list of them would cost time in every forward.
         for hold in gc.get_objects():
-            if type(hold) is Hold and hold.residency is self and hold.thread_id != me:
+            if isinstance(hold, Hold) and hold.residency is self and hold.thread_id != me:
                 self._unpin(hold)
         mine = self._holders.get(me, 0)
         self._holders = {me: mine} if mine > 0 else {}
