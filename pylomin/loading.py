@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
-from pylomin.lazy.offload import Tie, check_mode, find_ties, offload, residency_for, slots_of
+from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
 from pylomin.residency.device import execution_device
 from pylomin.residency.limits import parse_bytes
@@ -117,9 +117,7 @@ def load(
         reading_mode=reading_mode,
     )
     if compute_device is not None:
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(compute_device)
+        move_rest(model, compute_device)
     return model
 
 

@@ -63,7 +63,7 @@ def file_chunks(wanted: Sequence[Wanted], most_bytes: int) -> Iterator[FileChunk
 
     Args:
         wanted: ``first`` counts from the start of the file.
-        most_bytes: of a read with all the pages that it touches; two pages at least.
+        most_bytes: of a read with all the pages that it touches; a multiple of a page, two at least.
     """
     extents = [Extent(one.first, one.first + one.nbytes) for one in wanted]
     for run in coalesce(extents, gaps_take_memory=True):
@@ -82,9 +82,10 @@ def file_chunks(wanted: Sequence[Wanted], most_bytes: int) -> Iterator[FileChunk
 
 
 def _end_of_chunk(start: int, stop: int, members: Sequence[Wanted], most_bytes: int) -> int:
-    if start % PAGE_BYTES + stop - start <= aligned(most_bytes - PAGE_BYTES + 1, PAGE_BYTES):
+    page = start - start % PAGE_BYTES
+    if stop - page <= most_bytes:
         return stop
-    end = (start + most_bytes) // PAGE_BYTES * PAGE_BYTES - PAGE_BYTES
+    end = page + most_bytes
     for one in members:
         if one.first < end < one.first + one.nbytes:  # no element is cut
             return end - (end - one.first) % one.itemsize

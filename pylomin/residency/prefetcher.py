@@ -137,6 +137,8 @@ class _Job:
         started = time.perf_counter()
         try:
             tensors = self.room.load()
+            if self.residency.is_recording:
+                self.residency.finish(self.room)
         except torch.cuda.OutOfMemoryError:  # of what converting takes; who needs the weights tries again
             self.abandon()
             return

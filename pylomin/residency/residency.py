@@ -13,11 +13,12 @@ from functools import partial
 
 import torch
 
-from pylomin.errors import BudgetError, ScratchError, TraceError, without_frames
+from pylomin.errors import BudgetError, ScratchError, without_frames
 from pylomin.io.buffers import BufferPool
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
+from pylomin.residency.device_errors import capture_error, device_is_full
 from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
@@ -74,11 +75,7 @@ class Residency(Contents):
         """Raises TraceError where a CUDA graph is captured."""
         for carrier in self.carriers.values():
             if carrier.device.is_capturing():
-                raise TraceError(
-                    "a CUDA graph is being captured, and it would not have the loading of offloaded weights in it: its "
-                    "replays would read memory that others use by then. Run the model without capturing "
-                    "(torch.compile without mode='reduce-overhead'), or undo offloading first: pylomin.restore(model)."
-                )
+                raise capture_error()
 
     def set_reading_mode(self, mode: Mode | None) -> None:
         """Read in this mode, wherever it is possible; None: in the one that suits."""
@@ -109,6 +106,10 @@ class Residency(Contents):
                 peak_bytes=self.pool.peak_bytes,
                 pinned_bytes=sum(carrier.ring_bytes for carrier in self.carriers.values()),
             )
+
+    @property
+    def is_recording(self) -> bool:
+        return self._recording is not None
 
     def start_recording(self) -> None:
         """Record uses, of all threads, until :meth:`stop_recording`."""
@@ -186,7 +187,7 @@ class Residency(Contents):
             else:
                 self._used(hold, missed=False)
                 return
-        missed, waiter = False, None
+        missed, waiter, is_full = False, None, False
         while True:
             with self.lock:
                 claim = self._claim(hold, waiter)
@@ -203,13 +204,42 @@ class Residency(Contents):
                 continue
             missed = True
             started = time.perf_counter()
-            tensors = claim.load()
+            try:
+                tensors = claim.load()
+            except torch.cuda.OutOfMemoryError as error:
+                is_full = self._device_was_full(hold, claim.places, error, again=is_full)
+                continue
+            if self._recording is not None:
+                self.finish(claim)
             with self.lock:
                 stalled_s = time.perf_counter() - started
                 self.load_finished(hold.claimed, claim, tensors, stalled_s)
                 hold.claimed = []
                 if claim.places.read_bytes:
                     self._stats.stall_s += stalled_s
+
+    def _device_was_full(self, hold: Hold, places: loading.Places, error: BaseException, *, again: bool) -> bool:
+        """What loading takes beside the budget did not fit: make room, once."""
+        with self.lock:
+            claimed, hold.claimed = hold.claimed, []
+            self.load_failed(claimed)
+            self._make_room_on_device(claimed, places, error, again=again)
+        return True
+
+    def _make_room_on_device(
+        self, weights: Sequence[Weight], places: loading.Places, error: BaseException, *, again: bool
+    ) -> None:
+        """Under the lock: whatever is not in use leaves. Raises BudgetError where that was not enough the last time."""
+        if again:
+            raise device_is_full(weights, places, self.pool.in_use_bytes(), self.memory_budget) from error
+        while self._evict_one():
+            pass
+        self.pool.trim()
+
+    def finish(self, room: loading.Room) -> None:
+        """The host waits for what was loaded; only while a pass is measured, so that times are those of copies."""
+        for arrival in room.arrivals:
+            arrival.finish()
 
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
@@ -253,29 +283,38 @@ class Residency(Contents):
         return self._load_runs(weight, runs)
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        me, waiter = threading.get_ident(), Waiter()
         if self.carriers:
             self.refuse_capture()
-        room = None
-        while room is None:
+        is_full = False
+        while True:
+            room = self._room_for_runs(weight, runs)
+            started = time.perf_counter()
+            try:
+                values = room.load()[0]
+            except torch.cuda.OutOfMemoryError as error:
+                with self.lock:
+                    self._make_room_on_device([weight], room.places, error, again=is_full)
+                is_full = True
+                continue
+            room.use()
+            read_s = time.perf_counter() - started
+            with self.lock:
+                self.run_was_read(room.places, read_s)
+                if room.places.read_bytes:
+                    self._stats.stall_s += read_s
+            return values
+
+    def _room_for_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> loading.Room:
+        me, waiter = threading.get_ident(), Waiter()
+        while True:
             with self.lock:
                 places = loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
                 room = self._find_room([weight], places, lambda: True, me, waiter)
-                if room is None:
-                    waiter.enlist(self._waiters)
-                else:
+                if room is not None:
                     self._stop_waiting(me, waiter)
-            if room is None:
-                waiter.wait()
-        started = time.perf_counter()
-        values = room.load()[0]
-        room.use()
-        read_s = time.perf_counter() - started
-        with self.lock:
-            self.run_was_read(places, read_s)
-            if places.read_bytes:
-                self._stats.stall_s += read_s
-        return values
+                    return room
+                waiter.enlist(self._waiters)
+            waiter.wait()
 
     def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
@@ -369,6 +408,8 @@ class Residency(Contents):
                 return
         key = tuple([weight.index for weight in group])
         if self._recording is not None:
+            for carrier in self.carriers.values():
+                carrier.device.finish()
             self._recording.use(key, self._stats.stall_s)
         order = self.retention.used(key)
         if order is not None:
@@ -453,6 +494,7 @@ class Residency(Contents):
         waiter: Waiter | None,
     ) -> loading.Room | None:
         """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
+        is_full = False
         while True:
             room = self.reserve_in_window(weights, places) or loading.try_reserve(
                 self.pool, places, drop_cache=self.reading.drop_cache
@@ -460,6 +502,10 @@ class Residency(Contents):
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
+            if self.pool.refusal is not None:
+                self._make_room_on_device(weights, places, self.pool.refusal, again=is_full)
+                is_full = True
+                continue
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.

@@ -8,6 +8,7 @@ the device is known by address alone, as on a GPU: pending work keeps nothing al
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import random
 import threading
@@ -17,10 +18,17 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from pylomin.residency import carrier as carriers
+from pylomin.residency import device as devices
+from pylomin.residency import pinned
+from pylomin.residency.carrier import Carrier
 from pylomin.residency.device import Bytes, Event
+from pylomin.residency.loading import Room
 
 FAKE = torch.device("cpu", 1)
 POISON = 0xFF  # NaN, in every floating-point dtype
@@ -217,7 +225,10 @@ class FakeDevice:
                 self._step(stream)
 
     def drain(self, stream: Hashable) -> None:
-        self.run_until(self.record(stream))  # type: ignore[arg-type]
+        """All that was begun in ``stream`` ends now."""
+        event = self.record(stream)
+        assert isinstance(event, FakeEvent)
+        self.run_until(event)
 
     def _needed_for(self, event: FakeEvent) -> str | None:
         runnable = self._runnable()
@@ -245,3 +256,37 @@ class FakeDevice:
 
 def _blocks(work: FakeEvent | Callable[[], object]) -> bool:
     return isinstance(work, FakeEvent) and not work.done
+
+
+def computing_on_the_host(schedule: Schedule = lazy, **settings: Any) -> FakeDevice:
+    """For whole models, whose operations run at once: they wait for what they need, and copies for nothing else."""
+    return FakeDevice(schedule, is_eager=True, **settings)
+
+
+@contextmanager
+def installed(device: FakeDevice, *, slot_bytes: int = 2 * mmap.PAGESIZE, slots: int = 2) -> Iterator[Carrier]:
+    """``device`` is what ``FAKE`` stands for, with a small ring; nothing of it is left afterwards."""
+
+    def after_copies(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(room: Room, tensors: list[torch.Tensor]) -> Any:
+            # Converting and decoding run at once, as all operations here do, but in the order of their stream.
+            device.drain(device.current_stream())
+            return method(room, tensors)
+
+        return run
+
+    devices.provide(FAKE, lambda _: device)
+    carrier = carriers._carriers[FAKE] = Carrier(device, slot_bytes=slot_bytes, slots=slots)
+    try:
+        with (
+            patch.object(Room, "_convert", after_copies(Room._convert)),
+            patch.object(Room, "_decode", after_copies(Room._decode)),
+        ):
+            yield carrier
+        gc.collect()
+        device.finish()
+        assert device.failures == []
+    finally:
+        pinned._said.clear()
+        devices.provide(FAKE, None)
+        carriers._carriers.pop(FAKE, None)
