@@ -95,6 +95,7 @@ class Carrier:
         Raises:
             StoreReadError: what was begun before goes on; ``target`` holds nothing of meaning.
         """
+        self._forget_copied()
         for one in shipment.in_memory:
             self._copy_from_memory(one, pieces[one.piece], target)
         for file, chunk in shipment.in_files:
@@ -167,6 +168,8 @@ class Carrier:
 
     def _keep(self, source: torch.Tensor) -> None:
         self._sources.append((self.device.record(self.device.copy_stream), [source]))
+
+    def _forget_copied(self) -> None:
         while self._sources and self._sources[0][0].query():
             self._sources.popleft()
 

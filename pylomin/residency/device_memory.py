@@ -70,6 +70,29 @@ class DeviceBytes:
         self.uses.add(stream)
         return device.tensor(self)
 
+    def tensor(self, first: int, nbytes: int) -> torch.Tensor:
+        """Some of them, as a tensor (1-D, uint8) of its own: writes to one weight are no writes to its neighbours."""
+        return self.memory.device.tensor(_Part(self, first, nbytes))
+
+
+class _Part:
+    """Some of the bytes that were handed out."""
+
+    __slots__ = ("_first", "_whole", "nbytes")
+
+    def __init__(self, whole: DeviceBytes, first: int, nbytes: int) -> None:
+        self._whole = whole
+        self._first = first
+        self.nbytes = nbytes
+
+    @property
+    def base(self) -> torch.Tensor:
+        return self._whole.base
+
+    @property
+    def offset_bytes(self) -> int:
+        return self._whole.offset_bytes + self._first
+
 
 class Arrival:
     """Weights that come to a device together: when they are there, and who uses them."""

@@ -352,7 +352,7 @@ class Room:
                 target = shipped.begin()
                 shipment.carrier.ship(shipment, places.to_read, target, drop_cache=self._drop_cache)
                 for i, offset in zip(shipment.pieces, shipment.offsets, strict=True):
-                    placed[i] = (target, offset)
+                    placed[i] = (shipped, offset)
             return [_tensor(piece, where) for piece, where in zip(places.to_read, placed, strict=True)]
 
     def _decode(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -363,7 +363,10 @@ class Room:
                 if piece.unpacking is None:
                     tensors.append(next(rest))
                     continue
-                values = _tensor(piece, (_begin(next(buffers)), 0))
+                buffer = next(buffers)
+                if isinstance(buffer, DeviceBytes):
+                    buffer.begin()
+                values = _tensor(piece, (buffer, 0))
                 piece.unpacking.decode(piece.source, rest, values)
                 tensors.append(values)
         return tensors
@@ -398,7 +401,7 @@ class Room:
             for i, layouts in enumerate(self.places.layouts):
                 for layout in layouts[1:]:
                     at = next(memory)
-                    converted = _shaped(at.begin(), 0, layout) if isinstance(at, DeviceBytes) else layout.empty()
+                    converted = _shaped(at.begin(), layout) if isinstance(at, DeviceBytes) else layout.empty()
                     converted.copy_(tensors[i])
                     if at is not None and not isinstance(at, DeviceBytes):
                         at(converted)
@@ -406,26 +409,21 @@ class Room:
 
 
 def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
-    """What was read, or is decoded, there: (buffer or tensor of bytes, offset)."""
+    """What was read, or is decoded, there: (buffer, offset)."""
     layout = piece.layouts()[0]
     if where is None:
         memory = piece.source.memory if piece.device is None else None
         return layout.empty() if memory is None else piece.stored_tensor(memory)
     buffer, offset = where
-    if isinstance(buffer, torch.Tensor):
-        return _shaped(buffer, offset, layout)
+    if isinstance(buffer, DeviceBytes):
+        return _shaped(buffer.tensor(offset, layout.nbytes), layout)
     flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
     return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
 
 
-def _begin(buffer: Any) -> Any:
-    return buffer.begin() if isinstance(buffer, DeviceBytes) else buffer
-
-
-def _shaped(target: torch.Tensor, offset: int, layout: Layout) -> torch.Tensor:
-    """A tensor on some of the bytes of ``target``."""
-    flat = target[offset : offset + layout.nbytes].view(layout.dtype)
-    return flat.as_strided(layout.shape, layout.stride, flat.storage_offset())
+def _shaped(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Bytes (1-D, uint8) as a tensor of this layout."""
+    return values[: layout.nbytes].view(layout.dtype).as_strided(layout.shape, layout.stride)
 
 
 def _announce(piece: Piece) -> None:
