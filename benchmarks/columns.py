@@ -233,6 +233,18 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *MODE,
         ("largest difference of a gradient ÷ the largest gradient", DIFFERENCE),
     ],
+    "gpu": [
+        ("budget", mebibytes("budget_bytes")),
+        ("time of a pass", PASS_S),
+        ("share of resident speed", SHARE),
+        ("peak device memory", mebibytes("peak_device_bytes")),
+        ("copied", mebibytes("copied_bytes_per_pass")),
+        ("bound", median("copy_bound_s", "{:.3g} s")),
+        ("× bound", median("times_copy_bound", "{:.2f}", spread=True)),
+        ("pinned", mebibytes("pinned_bytes")),
+        ("process grows by", grown),
+        ("largest difference", DIFFERENCE),
+    ],
     "fit": [
         ("time of a token", PASS_S),
         ("predicted", median("predicted_s", "{:.3g} s")),

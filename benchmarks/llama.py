@@ -109,14 +109,14 @@ def prepare(config: LlamaConfig, directory: Path) -> Path:
     return weights
 
 
-def index_for_accelerate(weights: Path, folder: Path) -> None:
+def index_for_accelerate(weights: Path, folder: Path, *, dtype: str = "float32") -> None:
     """The index that accelerate keeps for offloaded weights that are in a safetensors file already."""
     from safetensors import safe_open
 
     folder.mkdir(exist_ok=True)
     with safe_open(weights, "pt") as file:
         index = {
-            name: {"safetensors_file": str(weights), "weight_name": name, "dtype": "float32"}
+            name: {"safetensors_file": str(weights), "weight_name": name, "dtype": dtype}
             for name in file.keys()  # noqa: SIM118 # the file cannot be iterated over
         }
     (folder / "index.json").write_text(json.dumps(index))

@@ -70,6 +70,36 @@ def plot_speed_against_budget(rows: Sequence[Mapping[str, Any]], path: Path) -> 
     _save(figure, axes, path)
 
 
+def plot_speed_against_device_memory(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw passes per second of decoding against peak device memory, a line for each way that has budgets."""
+    figure, axes = _figure()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "pass_s" in row and row["variant"].startswith("decode: "):
+            name = row["variant"].removeprefix("decode: ").partition(",")[0]
+            point = (row["peak_device_bytes"] / (1 << 30), 1 / row["pass_s"]["median"])
+            lines.setdefault(name, []).append(point)
+    for (name, points), colour, marker in zip(lines.items(), COLOURS, MARKERS, strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), label=name, color=colour, marker=marker, linewidth=1.4)
+    axes.set(xlabel="peak device memory, GiB", ylabel="tokens per second")
+    axes.set_title("Decoding on a GPU: up and to the left is better")
+    _save(figure, axes, path)
+
+
+def plot_timeline(copies_ms: Sequence[Sequence[float]], layers_ms: Sequence[Sequence[float]], path: Path) -> None:
+    """Draw when copies and layers ran on the device, one above the other."""
+    figure, axes = _figure()
+    for at, (name, intervals) in enumerate({"layers": layers_ms, "copies": copies_ms}.items()):
+        bars = [(begin, end - begin) for begin, end in intervals]
+        axes.broken_barh(
+            bars, (at + 0.1, 0.8), facecolors=COLOURS[at + 1], edgecolor="white", linewidth=0.3, label=name
+        )
+    axes.set(xlabel="milliseconds", ylabel="")
+    axes.set_yticks([])
+    axes.set_title("Copies beside the computation, by events of the device")
+    _save(figure, axes, path)
+
+
 def _figure() -> tuple[Any, Any]:
     # The object interface: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

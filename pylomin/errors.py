@@ -50,7 +50,7 @@ class OffloadedWriteError(PylominError, RuntimeError):
 
 
 class TraceError(PylominError, RuntimeError):
-    """``torch.jit.trace`` met an operation on an offloaded weight that it cannot record."""
+    """``torch.jit.trace``, or a CUDA graph, met an operation on an offloaded weight that it cannot record."""
 
 
 class StoreWriteError(PylominError, OSError):

@@ -13,8 +13,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
-from pylomin.lazy.offload import Tie, check_mode, find_ties, offload, residency_for, slots_of
+from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
+from pylomin.residency.device import execution_device
 from pylomin.residency.limits import parse_bytes
 from pylomin.store.callable import CallableStore
 from pylomin.store.open import Source, open_store
@@ -74,7 +75,7 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise PassError(f"dtype is {dtype}; expected a floating-point dtype.")
     check_mode(reading_mode)
-    execution_device = None if device is None else torch.empty(0, device=device).device
+    compute_device = execution_device(device)
     store = open_store(weights)
     if isinstance(store, CallableStore):
         if key_map is not None or prefix is not None:
@@ -110,15 +111,13 @@ def load(
         found,
         sources,
         residency,
-        device=execution_device,
+        device=compute_device,
         dtype=dtype,
         memory_budget=budget,
         reading_mode=reading_mode,
     )
-    if execution_device is not None:
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(execution_device)
+    if compute_device is not None:
+        move_rest(model, compute_device)
     return model
 
 

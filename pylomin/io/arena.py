@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from typing import Any
+
+from pylomin.io.spaces import Space
 
 LARGE = 4  # blocks of more than this part of the arena; few of them fit at one time
 
@@ -17,11 +20,13 @@ class Arena:
 
     Args:
         memory: pages; ``nbytes`` of them are used.
+        space: what they are made of, if they are no ordinary ones.
     """
 
-    def __init__(self, memory: mmap.mmap, nbytes: int) -> None:
+    def __init__(self, memory: Any, nbytes: int, space: Space | None = None) -> None:
         self.memory = memory
         self.nbytes = nbytes
+        self.space = space
         self._free: list[tuple[int, int]] = [(0, nbytes)]  # (first byte, last exclusive), in order
 
     @property

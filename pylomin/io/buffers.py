@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pylomin.io.arena import Arena, drop_pages
+from pylomin.io.spaces import Space
 
 ALIGNMENT_BYTES = 64  # what torch's own CPU allocator gives; some BLAS kernels round differently on less
 PAGE_BYTES = mmap.PAGESIZE
@@ -48,17 +49,21 @@ def aligned(nbytes: int, alignment: int = ALIGNMENT_BYTES) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def block_bytes(nbytes: int) -> int:
-    """What a block for ``nbytes`` takes in the ledger."""
-    return nbytes if nbytes < SMALL_BYTES else aligned(nbytes, PAGE_BYTES)
+def block_bytes(nbytes: int, space: Space | None = None) -> int:
+    """What a block for ``nbytes`` takes in the ledger; ``space``: where it lies, if not in ordinary pages."""
+    if nbytes >= SMALL_BYTES:
+        return aligned(nbytes, PAGE_BYTES)
+    return nbytes if space is None else aligned(nbytes, space.alignment_bytes)
 
 
 @dataclass(eq=False, slots=True)
 class _Block:
-    memory: Any  # a writable buffer exporter: anonymous mmap, or a ctypes array for small blocks
+    memory: Any  # a writable buffer exporter: anonymous mmap, or a ctypes array for small blocks; or of a space
     offset_bytes: int  # of the first aligned byte
     capacity_bytes: int
     arena: Arena | None = None  # of which it is a part
+    space: Space | None = None  # None: ordinary pages
+    uses: Any = None  # of a block that is out: what its space wants to know when it comes back
 
 
 class _Ticket(weakref.ref[Any]):
@@ -90,29 +95,40 @@ class BufferPool:
         self._free: list[_Block] = []  # oldest first
         self._window: Arena | None = None  # for what streams; what is free of it counts as free
         self._window_bytes = 0  # that it should have
+        # Former windows of other spaces, which cannot give parts of themselves back: that comes with their last block.
+        self._closed: list[Arena] = []
+        # Why the last `try_take` had no memory, if not for the limit.
+        self.refusal: torch.cuda.OutOfMemoryError | None = None
         self._out: dict[int, _Ticket] = {}  # by id
         # Callbacks run in any thread at any moment, also inside our own critical sections: they only append here.
         self._returned: deque[_Ticket] = deque()
         self._lock = threading.Lock()
 
     def try_take(
-        self, nbytes: int, *, from_window: bool = False, of_any_block: bool = False
-    ) -> ctypes.Array[ctypes.c_char] | None:
+        self, nbytes: int, *, from_window: bool = False, of_any_block: bool = False, space: Space | None = None
+    ) -> Any | None:
         """A writable buffer of ``nbytes`` (> 0), 64-byte aligned, or None where the limit leaves no room.
 
         Args:
             from_window: only a part of the window will do, unless none is wanted or it is a small buffer.
             of_any_block: reuse one that is much larger, too; for what lives shortly, in one size after the other.
+            space: what its memory is made of; then what ``space.hand_out`` gives is returned. None is also returned
+                where the space has no memory left; ``refusal`` says so.
         """
         with self._lock:
             self._collect()
+            self.refusal = None
             if from_window and nbytes >= SMALL_BYTES and self._window_bytes:
-                block = self._of_window(nbytes)
+                block = self._of_window(nbytes, space)
             else:
-                block = self._reuse(nbytes, of_any_block) or self._allocate(nbytes)
+                block = self._reuse(nbytes, of_any_block, space) or self._allocate(nbytes, space)
             if block is None:
                 return None
-            buffer = (ctypes.c_char * nbytes).from_buffer(block.memory, block.offset_bytes)
+            if space is None:
+                buffer: Any = (ctypes.c_char * nbytes).from_buffer(block.memory, block.offset_bytes)
+            else:
+                buffer = space.hand_out(block.memory, block.offset_bytes, nbytes)
+                block.uses = buffer.uses
             self._count(buffer, block, block.capacity_bytes, nbytes)
             return buffer
 
@@ -195,6 +211,8 @@ class BufferPool:
     @property
     def free_bytes(self) -> int:
         free_bytes = sum([block.capacity_bytes for block in self._free])
+        if self._closed:
+            free_bytes += sum([window.free_bytes for window in self._closed])
         return free_bytes if self._window is None else free_bytes + self._window.free_bytes
 
     def _count(self, owner: object, block: _Block | None, capacity_bytes: int, nbytes: int) -> None:
@@ -226,35 +244,50 @@ class BufferPool:
             self._drop_free(max(0, self.limit_bytes - self.live_bytes))
 
     def _take_back(self, block: _Block) -> None:
+        if block.space is not None:
+            uses, block.uses = block.uses, None
+            block.space.take_back(block.memory, block.offset_bytes, block.capacity_bytes, uses)
         if block.arena is None:
             if block.capacity_bytes >= SMALL_BYTES:
                 self._free.append(block)
-        elif block.arena is self._window:
+        elif block.arena is self._window or block.arena in self._closed:
             block.arena.give(block.offset_bytes, block.capacity_bytes)
+            self._closed = [window for window in self._closed if window.free_bytes < window.nbytes]
         else:  # other parts of it may be in use for long
             drop_pages(block.memory, block.offset_bytes, block.capacity_bytes)
 
-    def _of_window(self, nbytes: int) -> _Block | None:
+    def _of_window(self, nbytes: int, space: Space | None) -> _Block | None:
+        if self._window is not None and self._window.space is not space:
+            self._disband_window()
         if self._window is None:
             self._drop_free(max(0, (self.limit_bytes or 0) - self.live_bytes - self._window_bytes))
             if self.live_bytes + self.free_bytes + self._window_bytes > (self.limit_bytes or 0):
                 return None
-            self._window = Arena(_anonymous(self._window_bytes), self._window_bytes)
+            memory = self._new_memory(self._window_bytes, space)
+            if memory is None:
+                return None
+            self._window = Arena(memory, self._window_bytes, space)
         capacity = aligned(nbytes, PAGE_BYTES)
         offset = self._window.take(capacity)
-        return None if offset is None else _Block(self._window.memory, offset, capacity, self._window)
+        return None if offset is None else _Block(self._window.memory, offset, capacity, self._window, space)
 
     def _disband_window(self) -> None:
         """What is in use of it stays so; the rest is no longer set aside."""
         window, self._window = self._window, None
-        if window is not None:
+        if window is None:
+            return
+        if window.space is None:
             window.drop_free()
+        elif window.free_bytes < window.nbytes:
+            self._closed.append(window)
 
-    def _reuse(self, nbytes: int, of_any_block: bool) -> _Block | None:
+    def _reuse(self, nbytes: int, of_any_block: bool, space: Space | None) -> _Block | None:
         # Without a limit a block may be twice too large, so that layers of similar sizes share one.
         slack = nbytes if self.limit_bytes is None else max(SMALL_BYTES, nbytes // 8)
         fitting = [
-            b for b in self._free if nbytes <= b.capacity_bytes and (of_any_block or b.capacity_bytes <= nbytes + slack)
+            b
+            for b in self._free
+            if nbytes <= b.capacity_bytes and (of_any_block or b.capacity_bytes <= nbytes + slack) and b.space is space
         ]
         if not fitting:
             return None
@@ -262,16 +295,27 @@ class BufferPool:
         self._free.remove(block)
         return block
 
-    def _allocate(self, nbytes: int) -> _Block | None:
-        if nbytes < SMALL_BYTES:
+    def _allocate(self, nbytes: int, space: Space | None) -> _Block | None:
+        if nbytes < SMALL_BYTES and space is None:
             if not self._make_room(nbytes):
                 return None
-            memory = (ctypes.c_char * (nbytes + ALIGNMENT_BYTES))()
-            return _Block(memory, -ctypes.addressof(memory) % ALIGNMENT_BYTES, nbytes)
-        capacity = aligned(nbytes, PAGE_BYTES)
+            small = (ctypes.c_char * (nbytes + ALIGNMENT_BYTES))()
+            return _Block(small, -ctypes.addressof(small) % ALIGNMENT_BYTES, nbytes)
+        capacity = block_bytes(nbytes, space)
         if not self._make_room(capacity):
             return None
-        return _Block(_anonymous(capacity), 0, capacity)
+        memory = self._new_memory(capacity, space)
+        return None if memory is None else _Block(memory, 0, capacity, space=space)
+
+    def _new_memory(self, nbytes: int, space: Space | None) -> Any | None:
+        """None where its space has none left."""
+        if space is None:
+            return _anonymous(nbytes)
+        try:
+            return space.allocate(nbytes)
+        except torch.cuda.OutOfMemoryError as error:
+            self.refusal = error.with_traceback(None)
+            return None
 
     def _make_room(self, nbytes: int) -> bool:
         if self.limit_bytes is None:

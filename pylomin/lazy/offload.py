@@ -15,6 +15,8 @@ from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, aligned
 from pylomin.io.modes import Mode
 from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
+from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES
+from pylomin.residency.device import is_streamed_to
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.residency import Residency
 from pylomin.residency.tiling import PACKED_TIMES, fits, lines_of, lines_per_tile
@@ -160,6 +162,19 @@ def _conversions(
     return () if layout == stored else (layout,)
 
 
+def move_rest(model: nn.Module, device: torch.device) -> None:
+    """Buffers, and parameters that stay in memory, to where offloaded weights are computed with."""
+    for slot in slots_of(model):
+        parameter = slot.parameter
+        if not isinstance(parameter, OffloadedTensor) and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    moved: dict[int, torch.Tensor] = {}  # by id; one may have several owners
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
+
+
 def offloaded_slots(model: nn.Module) -> list[tuple[Slot, OffloadedTensor]]:
     """The slots whose parameter is offloaded, and that parameter."""
     return [(s, p) for s in slots_of(model) if isinstance(p := s.parameter, OffloadedTensor)]
@@ -198,9 +213,10 @@ class Owned(NamedTuple):
     def of(module: nn.Module, weight: Weight) -> Owned:
         tileable = weight.tileable and weight.keeps_order
         source, conversions, packed_bytes = weight.source, weight.conversions, None
+        stored, *converted = steps_of(source, conversions)
         if weight.parts:
-            conversions, packed_bytes = steps_of(source, conversions), weight.packed_bytes
-        return Owned(module, weight.name, source.layout, conversions, tileable, weight.tile_rows, packed_bytes)
+            stored, converted, packed_bytes = source.layout, [stored, *converted], weight.packed_bytes
+        return Owned(module, weight.name, stored, tuple(converted), tileable, weight.tile_rows, packed_bytes)
 
 
 class Footprint(NamedTuple):
@@ -212,6 +228,7 @@ class Footprint(NamedTuple):
     lines: int = 1
     tile_rows: int | None = None
     is_packed: bool = False  # stored_bytes are those of its parts
+    alignment_bytes: int = ALIGNMENT_BYTES
 
     def times(self, lines: int) -> Footprint:
         return self._replace(stored_bytes=lines * self.stored_bytes, converted_bytes=lines * self.converted_bytes)
@@ -254,9 +271,11 @@ def footprints(owned: Iterable[Owned]) -> list[list[Footprint]]:
             lines = max(1, stored.shape[1])
         parts = rows * lines
         is_packed = packed_bytes is not None
+        device = (conversions[-1] if conversions else stored).device
+        alignment_bytes = DEVICE_ALIGNMENT_BYTES if is_streamed_to(device) else ALIGNMENT_BYTES
         stored_bytes = stored.nbytes // parts if packed_bytes is None else -(-packed_bytes // parts)
         converted_bytes = sum(step.nbytes for step in conversions) // parts
-        footprint = Footprint(name, stored_bytes, converted_bytes, lines, tile_rows, is_packed)
+        footprint = Footprint(name, stored_bytes, converted_bytes, lines, tile_rows, is_packed, alignment_bytes)
         groups.setdefault(module, {})[name] = footprint
     return [list(group.values()) for group in groups.values()]
 
@@ -271,7 +290,11 @@ def planned_footprints(ties: Iterable[Tie], device: torch.device | None) -> list
     owned: list[Owned] = []
     for tie in ties:
         layout = dense_layout(tie.parameter)
-        conversions = () if device is None or device.type == "cpu" else (replace(layout, device=device),)
+        conversions: tuple[Layout, ...] = ()
+        if device is not None and is_streamed_to(device):
+            layout = replace(layout, device=device)
+        elif device is not None and device.type != "cpu":
+            conversions = (replace(layout, device=device),)
         owned += [Owned(slot.module, tie.fqn, layout, conversions, is_tileable(tie), None) for slot in tie.slots]
     return footprints(owned)
 
@@ -279,12 +302,19 @@ def planned_footprints(ties: Iterable[Tie], device: torch.device | None) -> list
 def load_bytes(group: Sequence[Footprint]) -> int:
     """Most memory that loading ``group`` takes at one time, as the ledger counts it."""
     # Codes and scales are aligned each.
-    buffer_bytes = sum(aligned(weight.stored_bytes) + weight.is_packed * ALIGNMENT_BYTES for weight in group)
+    buffer_bytes = sum(
+        aligned(weight.stored_bytes, weight.alignment_bytes) + weight.is_packed * weight.alignment_bytes
+        for weight in group
+    )
     if buffer_bytes >= SMALL_BYTES:
         buffer_bytes = aligned(buffer_bytes, PAGE_BYTES)
-    return buffer_bytes + sum(
-        block_bytes(weight.converted_bytes) if weight.is_packed else weight.converted_bytes for weight in group
-    )
+    return buffer_bytes + sum(map(_converted_bytes, group))
+
+
+def _converted_bytes(weight: Footprint) -> int:
+    if weight.alignment_bytes > ALIGNMENT_BYTES:  # a block on a device, too
+        return block_bytes(aligned(weight.converted_bytes, weight.alignment_bytes))
+    return block_bytes(weight.converted_bytes) if weight.is_packed else weight.converted_bytes
 
 
 def use_bytes(group: Sequence[Footprint], memory_budget: int | None) -> int:

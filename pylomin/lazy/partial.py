@@ -99,9 +99,10 @@ def _embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     if indices.dtype not in INDEX_DTYPES:
         return NotImplemented
+    indices = indices.cpu()  # which rows to read has to be known here; one copy, if they are on a device
     if not _in_range(indices, table.shape[0]):
         # The kernel raises its own error before it reads a value; memory that is never touched costs nothing.
-        func(torch.empty_strided(table.size(), table.stride(), dtype=table.dtype), indices.cpu())
+        func(torch.empty_strided(table.size(), table.stride(), dtype=table.dtype), indices)
         raise IndexError(f"index out of range in embedding '{table.weight.name}' of {table.shape[0]} rows")
     return rows_at(table, indices, batch_rows=table.chunk_rows)
 
@@ -112,6 +113,7 @@ def _index_select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return NotImplemented
     if not isinstance(table, OffloadedTensor) or not has_packed_rows(table) or dim % table.dim() != 0:
         return NotImplemented
+    indices = indices.cpu()
     return rows_at(table, indices) if _in_range(indices, table.shape[0]) else NotImplemented
 
 
@@ -165,7 +167,7 @@ def _embedding_renorm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return NotImplemented
     rows = torch.unique(indices)
     before = _read_rows(table, rows.cpu())
-    after = func(before.clone(), torch.arange(len(rows)), *args[2:], **kwargs)
+    after = func(before.clone(), torch.arange(len(rows), device=before.device), *args[2:], **kwargs)
     return table if torch.equal(before, after) else NotImplemented
 
 

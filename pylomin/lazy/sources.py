@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
+from pylomin.io.buffers import aligned
 from pylomin.lazy.offload import Tie
+from pylomin.residency.device import device_of, is_streamed_to
+from pylomin.residency.memory_limits import memory_limits
+from pylomin.residency.pinned import PinnedMemory
 from pylomin.residency.residency import Residency
 from pylomin.residency.weight import Layout, Source, contiguous_stride, dense_layout
 from pylomin.store.base import ReadRequest, WeightInfo, WeightStore
@@ -25,6 +30,8 @@ from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
 CPU = torch.device("cpu")
+PINNED_CHUNK_BYTES = 256 << 20  # 256 MiB
+PINNED_SPARE_BYTES = 256 << 20  # 256 MiB of the host that are not pinned
 
 
 def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = False) -> tuple[list[Source], list[str]]:
@@ -144,6 +151,50 @@ def memory_sources(ties: Sequence[Tie]) -> list[Source]:
         flat = _in_memory_order(tie.parameter).to(CPU).reshape(-1)
         sources.append(Source(MemoryStore({tie.fqn: flat}), tie.fqn, layout))
     return sources
+
+
+def pinned_sources(ties: Sequence[Tie], device: torch.device | None) -> list[Source]:
+    """The parameters, moved to host memory that a device copies from by itself.
+
+    In chunks of a few weights, so that no more than a chunk is there twice. Where the host has no memory for that, or
+    the system does not pin it, weights stay where they are and pass through the ring. So do those for the CPU.
+    """
+    sources: dict[str, Source] = {}
+    for_device = [tie for tie in ties if is_streamed_to(device or tie.parameter.device)]
+    for chunk in _chunks(for_device):
+        offsets = [0, *accumulate(aligned(tie.parameter.nbytes) for tie in chunk)]
+        available_bytes = memory_limits().available_bytes
+        if available_bytes is not None and offsets[-1] + PINNED_SPARE_BYTES > available_bytes:
+            break
+        pins_for = device_of(device or chunk[0].parameter.device)
+        memory = PinnedMemory(pins_for, max(1, offsets[-1]), what="for weights")
+        if not memory.is_pinned:
+            break
+        for tie, offset in zip(chunk, offsets, strict=False):
+            sources[tie.fqn] = _moved(tie, memory, offset)
+    return [sources.get(tie.fqn) or memory_sources([tie])[0] for tie in ties]
+
+
+def _chunks(ties: Sequence[Tie]) -> Iterator[list[Tie]]:
+    chunk: list[Tie] = []
+    for tie in ties:
+        chunk.append(tie)
+        if sum(tie.parameter.nbytes for tie in chunk) >= PINNED_CHUNK_BYTES:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _moved(tie: Tie, memory: PinnedMemory, offset: int) -> Source:
+    parameter = tie.parameter
+    layout = replace(dense_layout(parameter), device=CPU)
+    flat = memory.bytes(offset, layout.nbytes).view(layout.dtype)
+    with torch.no_grad():
+        values = flat.as_strided(layout.shape, layout.stride).copy_(parameter)
+    for slot in tie.slots:  # the former memory goes now, not when all weights have moved
+        slot.parameter.data = values
+    return Source(MemoryStore({tie.fqn: flat}), tie.fqn, layout)
 
 
 def written_sources(

@@ -19,8 +19,9 @@ from pylomin.passes.lazy_loading import lazy_loading
 from pylomin.passes.memory_budget import set_memory_budget
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.selection import ModuleT, check_model
+from pylomin.residency.device import device_of, execution_device, is_streamed_to
 from pylomin.residency.limits import format_bytes, parse_bytes
-from pylomin.residency.memory_limits import memory_limits
+from pylomin.residency.memory_limits import MemoryLimits, memory_limits
 from pylomin.residency.residency import Residency
 from pylomin.residency.trace import Key
 from pylomin.residency.weight import used_from
@@ -52,7 +53,8 @@ def fit(
     Args:
         model: changed in place and returned.
         memory_budget: ceiling on weights that are in memory at one time, as in :func:`pylomin.lazy_loading`. Default:
-            what the container or the machine has free, less a fifth (at least 256 MiB) for everything else.
+            what the container or the machine, or the device that is computed on, has free, less a fifth (at least
+            256 MiB) for everything else.
         args: example inputs. With them the model is run twice, so that the order in which weights are used, the time
             that computing takes and the speed of the disk are measured, not assumed, and the plan can predict the time
             of a pass.
@@ -68,7 +70,10 @@ def fit(
     """
     check_model(model)
     check_mode(reading_mode)
-    budget, why = _free_memory() if memory_budget is None else (parse_bytes(memory_budget), "as given")
+    if memory_budget is None:
+        budget, why = _free_memory(_device_of_weights(model, execution_device(device)), model)
+    else:
+        budget, why = parse_bytes(memory_budget), "as given"
     if args is not None and not isinstance(args, (list, tuple)):
         raise PassError(f"args is a {type(args).__name__}; expected a list of positional arguments: args=[tokens].")
     if any(not isinstance(parameter, OffloadedTensor) for parameter in model.parameters()) or weights is not None:
@@ -98,8 +103,19 @@ def fit(
     return model
 
 
-def _free_memory() -> tuple[int, str]:
+def _device_of_weights(model: nn.Module, device: torch.device | None) -> torch.device | None:
+    """The device that weights are streamed to; None: they are used on the host."""
+    devices = {parameter.device for parameter in model.parameters()} if device is None else {device}
+    streamed = [device for device in devices if is_streamed_to(device)]
+    return streamed[0] if streamed else None
+
+
+def _free_memory(device: torch.device | None, model: nn.Module) -> tuple[int, str]:
     limits = memory_limits()
+    if device is not None:
+        weights = [p for p in model.parameters() if p.device == device and not isinstance(p, OffloadedTensor)]
+        free_bytes = device_of(device).free_bytes() + sum(weight.nbytes for weight in weights)  # they leave it
+        limits = MemoryLimits(None, free_bytes, f"{device}: {format_bytes(free_bytes)} free")
     if limits.available_bytes is None:
         raise BudgetError(f"{limits.source}, so there is no default for memory_budget; give one, such as '4GiB'.")
     spare_bytes = max(SPARE_BYTES, int(SPARE_SHARE * limits.available_bytes))

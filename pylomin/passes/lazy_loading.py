@@ -16,15 +16,17 @@ from pylomin.lazy.offload import (
     check_budget,
     check_mode,
     find_ties,
+    move_rest,
     offload,
     offloaded_slots,
     planned_footprints,
     residency_for,
     slots_of,
 )
-from pylomin.lazy.sources import fill_buffers, matched_sources, memory_sources, missing_error, written_sources
+from pylomin.lazy.sources import fill_buffers, matched_sources, missing_error, pinned_sources, written_sources
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.selection import ModuleT, check_model, select_modules
+from pylomin.residency.device import execution_device
 from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
 from pylomin.store.open import open_store
@@ -54,7 +56,7 @@ def lazy_loading(
         target_modules: offload these modules only (themselves, not what is below them).
         skip_modules: keep these modules, and what is below them, in memory. A weight that is tied to one of theirs
             stays, too.
-        device: where to compute; default: where the parameters are.
+        device: where to compute; what stays in memory moves there. Default: where the parameters are.
         storage: ``"disk"``, or ``"cpu"`` to keep the weights in host memory (for computing on another device).
         output_dir: a directory that keeps the weights as ``model.safetensors``. Default: a fresh scratch directory,
             removed when the model is gone.
@@ -88,7 +90,7 @@ def lazy_loading(
     if output_dir is not None and (storage == "cpu" or weights is not None):
         raise PassError("output_dir is for weights that are written; with storage='cpu' or weights=, none are.")
     check_mode(reading_mode)
-    execution_device = None if device is None else torch.empty(0, device=device).device
+    compute_device = execution_device(device)
     targets = select_modules(
         model, target_classes=target_classes, target_modules=target_modules, skip_modules=skip_modules
     )
@@ -96,7 +98,7 @@ def lazy_loading(
     for tie in ties:
         check_parameter(tie, has_weights=weights is not None)
 
-    check_budget(planned_footprints(ties, execution_device), budget)
+    check_budget(planned_footprints(ties, compute_device), budget)
     residency = residency_for(model)
     if weights is not None:
         store = open_store(weights)
@@ -105,7 +107,7 @@ def lazy_loading(
             raise missing_error(missing, [], store)
         fill_buffers(model, store)
     elif storage == "cpu":
-        sources = memory_sources(ties)
+        sources = pinned_sources(ties, compute_device)
     else:
         sources = written_sources(ties, residency, output_dir)
     offload(
@@ -113,10 +115,12 @@ def lazy_loading(
         ties,
         sources,
         residency,
-        device=execution_device,
+        device=compute_device,
         memory_budget=budget,
         reading_mode=reading_mode,
     )
+    if compute_device is not None:
+        move_rest(model, compute_device)
     return model
 
 

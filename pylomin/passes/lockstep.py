@@ -65,7 +65,7 @@ def lockstep(
         The results, in the order of the inputs.
 
     Raises:
-        PassError: an argument is out of range, or the model runs in lockstep already.
+        PassError: an argument is out of range, the model runs in lockstep already, or its weights stream to a device.
         TypeError: ``inputs`` is one input, not several.
     """
     check_model(model)
@@ -98,6 +98,12 @@ def _in_turns(residencies: list[Residency], turns: Turns) -> Iterator[None]:
             with residency.lock:
                 if residency.turns is not None:
                     raise PassError("this model runs in lockstep already. Give all inputs to one call of lockstep.")
+                if residency.carriers:
+                    devices = ", ".join(map(str, residency.carriers))
+                    raise PassError(
+                        f"lockstep runs models whose weights are used on the CPU; those of this one stream to "
+                        f"{devices}. Run the inputs as one batch there."
+                    )
                 residency.turns = turns
             stack.callback(_leave, residency)
             reader = residency.prefetcher

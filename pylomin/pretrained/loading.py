@@ -23,6 +23,7 @@ from pylomin.pretrained.config import (
     refuse_quantized,
 )
 from pylomin.pretrained.deferred import DeferredTensor
+from pylomin.residency.device import execution_device
 from pylomin.residency.limits import parse_bytes
 
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")  # nothing to do
@@ -87,7 +88,7 @@ def from_pretrained(
     for name in _DOWNLOADING:
         kwargs.pop(name, None)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    execution_device = None if device is None else torch.empty(0, device=device).device
+    compute_device = execution_device(device)
     former_dtype = kwargs.pop("torch_dtype", None)
     dtype = _parse_dtype(former_dtype if dtype is None else dtype)
     subfolder = kwargs.pop("subfolder", "")
@@ -125,7 +126,7 @@ def from_pretrained(
             f"{len(tensors) - 1} more, expected {next(iter(model.state_dict()))!r} and others. Give the class that "
             f"the checkpoint was saved from: its config.json names {getattr(config, 'architectures', None)}."
         )
-    offload_deferred(model, device=execution_device, memory_budget=budget)
+    offload_deferred(model, device=compute_device, memory_budget=budget)
     model.config.name_or_path = model.name_or_path = os.fspath(path)
     if hasattr(model, "adjust_generation_fn") and kwargs.get("generation_config") is None:
         read_generation_config(model, directory, kwargs)

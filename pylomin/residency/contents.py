@@ -7,12 +7,17 @@ import threading
 import time
 import weakref
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from pylomin.io.buffers import PAGE_BYTES, BufferPool, aligned, block_bytes
+import torch
+
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
+from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES, Carrier, carrier_to
+from pylomin.residency.device import is_streamed_to
+from pylomin.residency.device_memory import Arrival
 from pylomin.residency.prefetcher import Prefetcher
 from pylomin.residency.reading import Reading, choose_reading
 from pylomin.residency.recording import Recording
@@ -38,6 +43,10 @@ def _unpacked_bytes(weight: Weight) -> int:
     return block_bytes(lines_of(weight.layout)[1] * weight.element_bytes)
 
 
+def _alignment(weight: Weight) -> int:
+    return DEVICE_ALIGNMENT_BYTES if is_streamed_to(weight.layout.device) else ALIGNMENT_BYTES
+
+
 @dataclass(eq=False, slots=True)
 class Loaded:
     """What one read brought into memory; it leaves together, because it lies in one buffer."""
@@ -49,6 +58,7 @@ class Loaded:
     used: bool = False
     last_use: int = 0  # number of the use
     spoiled: bool = False  # written to, and the write could not be kept
+    arrivals: tuple[Arrival, ...] = ()  # on devices
 
 
 class Contents:
@@ -81,6 +91,7 @@ class Contents:
         self._unpacked_bytes = 0  # that is decoded now
         self._recording: Recording | None = None
         self.turns: Turns | None = None  # while workers run in lockstep
+        self.carriers: dict[torch.device, Carrier] = {}  # to the devices that weights are streamed to
         self._review_at = REVIEW_USES  # number of the use at which the reading mode is chosen anew
         self._reviewed_s = 0.0
 
@@ -115,7 +126,14 @@ class Contents:
         """The index by which this residency knows a new weight."""
         index = next(self._next_index)
         self._weights[index] = weight
+        device = weight.layout.device
+        if is_streamed_to(device) and device not in self.carriers:
+            self._stream_to(device)
         return index
+
+    def _stream_to(self, device: torch.device) -> None:
+        with self.lock:
+            self.carriers[device] = carrier_to(device)
 
     def footprints(self, order: Iterable[Key]) -> dict[Key, Group]:
         """The memory that each group of an order takes."""
@@ -198,7 +216,12 @@ class Contents:
         weights = [weight for weight in list(self._weights.values()) if not weight.transient]
         kept_bytes = self.memory_budget or 2 * self._largest_bytes
         before = self.reading.mode
+        if self.carriers:  # what is kept is kept there
+            kept_bytes = sum(carrier.ring_bytes for carrier in self.carriers.values())
         self.reading = choose_reading(weights, self._requested_mode, kept_bytes=kept_bytes)
+        if self.carriers and self.reading.mode == "mapped":
+            why = f"{self.reading.why} Weights for a device are copied through pinned memory."
+            self.reading = replace(self.reading, mode="buffered", is_cached=False, why=why)
         if self.reading.mode != before:
             self._places.clear()
 
@@ -270,7 +293,9 @@ class Contents:
         if len(self._weights) != self._weights_seen:
             self._weights_seen = len(self._weights)
             whole = [weight for weight in list(self._weights.values()) if not weight.transient and not weight.parts]
-            self._total_bytes = sum(block_bytes(aligned(weight.peak_load_bytes)) for weight in whole)
+            self._total_bytes = sum(
+                block_bytes(aligned(weight.peak_load_bytes, _alignment(weight))) for weight in whole
+            )
             for loaded in [loaded for loaded in self._in_memory if not self._members(loaded)]:
                 self._drop(loaded)
 

@@ -54,6 +54,23 @@ class Hold:
             self.residency.release(self)
 
 
+class DeviceHold(Hold):
+    """Of weights on a device, which need not be there yet: what is begun inside waits for them, and not the host."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        self.residency.refuse_capture()
+        super().__enter__()
+        try:
+            for weight in self.weights:
+                for arrival in weight.loaded.arrivals:
+                    arrival.use()
+        except BaseException:
+            self.residency.release(self)
+            raise
+
+
 class UnpackingHold:
     """Keeps quantised weights decoded, and what they are decoded from in memory.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,9 @@ from pylomin.io.buffers import BufferPool, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
+from pylomin.residency.carrier import Carrier, Shipment, carrier_to
+from pylomin.residency.device import is_streamed_to
+from pylomin.residency.device_memory import Arrival, DeviceBytes
 from pylomin.residency.unpacking import Unpacking
 from pylomin.residency.weight import Layout, Source, Weight, steps_of
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
@@ -43,17 +47,25 @@ class Piece:
         chosen = None if runs is None else tuple(runs)
         return Piece(weight.source, weight.conversions, chosen, Unpacking.of(weight, chosen) if weight.parts else None)
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where it is streamed to; None: nowhere, for it is read where it is used, or copied when it was read."""
+        device = self.conversions[-1].device if self.conversions else self.source.layout.device
+        return device if is_streamed_to(device) else None
+
     def to_read(self) -> list[Piece]:
         """Itself, or those of its parts that are not in memory."""
         if self.unpacking is None:
             return [self]
-        return [Piece(source, (), runs) for source, runs in self.unpacking.missing]
+        device = self.device
+        return [
+            Piece(source, () if device is None else (replace(source.layout, device=device),), runs)
+            for source, runs in self.unpacking.missing
+        ]
 
     def layouts(self) -> list[Layout]:
         """The stored tensor's (of one that is decoded here, the decoded one's), then one for each conversion."""
-        steps = [self.source.layout, *self.conversions]
-        if self.unpacking is not None:
-            steps = [*steps_of(self.source, self.conversions)]
+        steps = [*steps_of(self.source, self.conversions, decoded=self.unpacking is not None)]
         if self.runs is None:
             return steps
         shape = (sum(stop - start for start, stop in self.runs),)
@@ -80,6 +92,12 @@ class Piece:
             requests.append(ReadRequest(name, start * itemsize, destination[position:end]))
             position = end
         return requests
+
+    def bytes_in_memory(self, first: int, nbytes: int) -> torch.Tensor:
+        """Some of the stored bytes, where the store has them in memory; no copy."""
+        assert self.source.memory is not None
+        stored = self.source.memory.tensor(self.source.name).detach()
+        return stored.reshape(-1).view(torch.uint8)[first : first + nbytes]
 
     def stored_tensor(self, store: InMemoryStore) -> torch.Tensor:
         """The values where the store has them in memory; no copy but of more than one run."""
@@ -113,8 +131,9 @@ class Places:
     """Where a list of pieces comes to lie in memory. Worked out once for what is loaded again and again."""
 
     __slots__ = (
-        "converted_bytes",
-        "decoded_bytes",
+        "carriers",
+        "converted",
+        "decoded",
         "from_files",
         "layouts",
         "mode",
@@ -124,6 +143,7 @@ class Places:
         "pieces",
         "read_bytes",
         "resident_bytes",
+        "shipments",
         "to_read",
     )
 
@@ -136,9 +156,13 @@ class Places:
         self.packed: list[tuple[int, int]] = []  # (piece, offset) of those that a store reads itself
         self.packed_bytes = 0
         by_file: dict[WeightFile, list[tuple[int, Extent]]] = {}
+        by_device: dict[torch.device, list[tuple[int, Piece]]] = {}
         for i, piece in enumerate(self.to_read):
             nbytes = piece.layouts()[0].nbytes
             self.read_bytes += nbytes
+            if nbytes and (device := piece.device) is not None:
+                by_device.setdefault(device, []).append((i, piece))
+                continue
             if piece.source.memory is not None or nbytes == 0:
                 continue
             if (stored := piece.stored) is not None:
@@ -147,22 +171,45 @@ class Places:
                 self.packed.append((i, self.packed_bytes))
                 self.packed_bytes += aligned(nbytes)
         self.from_files = [_from_file(file, placed, self.to_read, mode) for file, placed in by_file.items()]
-        # What pieces are decoded into, each into memory of its own.
-        self.decoded_bytes = [
-            layouts[0].nbytes
+        # The devices that pieces are streamed to, or decoded on.
+        self.carriers = {device: carrier_to(device) for piece in pieces if (device := piece.device) is not None}
+        self.shipments = [
+            Shipment.of(self.carriers[device], of_device, direct=mode == "direct")
+            for device, of_device in by_device.items()
+        ]
+        # What pieces are decoded and converted into, each into memory of its own.
+        self.decoded = [
+            layouts[0]
             for piece, layouts in zip(pieces, self.layouts, strict=True)
             if piece.unpacking is not None and layouts[0].nbytes
         ]
-        self.converted_bytes = [layout.nbytes for layouts in self.layouts for layout in layouts[1:]]
+        self.converted = [layout for layouts in self.layouts for layout in layouts[1:]]
         buffer_bytes = block_bytes(self.packed_bytes) + sum(part.placement.memory_bytes for part in self.from_files)
-        decoded_bytes = sum(map(block_bytes, self.decoded_bytes))
+        buffer_bytes += sum(block_bytes(shipment.nbytes, shipment.carrier) for shipment in self.shipments)
+        decoded_bytes = sum(block_bytes(layout.nbytes, self.carrier_of(layout)) for layout in self.decoded)
+        converted_bytes = sum(map(self._converted_bytes, self.converted))
         # Memory that loading takes at one time, as the pool counts it; and what of that stays: the last conversion of
         # each piece, or what it was read or decoded into.
-        self.peak_bytes = self.resident_bytes = buffer_bytes + decoded_bytes + sum(self.converted_bytes)
+        self.peak_bytes = self.resident_bytes = buffer_bytes + decoded_bytes + converted_bytes
         if all(len(layouts) > 1 for layouts in self.layouts):
-            self.resident_bytes = sum(layouts[-1].nbytes for layouts in self.layouts)
+            self.resident_bytes = sum(self._converted_bytes(layouts[-1]) for layouts in self.layouts)
         elif all(piece.unpacking is not None for piece in pieces):
-            self.resident_bytes = decoded_bytes + sum(self.converted_bytes)
+            self.resident_bytes = decoded_bytes + converted_bytes
+
+    def carrier_of(self, layout: Layout) -> Carrier | None:
+        """What brings it to its device; None where nothing has to."""
+        return self.carriers.get(layout.device) if self.carriers else None
+
+    def _converted_bytes(self, layout: Layout) -> int:
+        carrier = self.carrier_of(layout)
+        return layout.nbytes if carrier is None else block_bytes(layout.nbytes, carrier)
+
+    @property
+    def is_pinned(self) -> bool:
+        """There is nothing to read, so that beginning to load takes no time."""
+        return (
+            bool(self.shipments) and not (self.from_files or self.packed) and all(s.is_pinned for s in self.shipments)
+        )
 
     def of_weights(self, weights: Sequence[Weight]) -> bool:
         """Whether these are the places of ``weights`` as they are stored now."""
@@ -184,41 +231,59 @@ def _from_file(
 class Room:
     """Memory for a list of pieces, and what brings them there. What is not used goes back when this object dies."""
 
-    __slots__ = ("_buffers", "_conversions", "_decoded", "_drop_cache", "_packed", "places")
+    __slots__ = ("_buffers", "_conversions", "_decoded", "_drop_cache", "_packed", "_shipped", "arrivals", "places")
 
     def __init__(self, places: Places, *, drop_cache: bool = False) -> None:
         self.places = places
+        self.arrivals: tuple[Arrival, ...] = ()  # of what was loaded, for each device
         self._drop_cache = drop_cache
         self._buffers: list[Any] = []  # for each file
         self._packed: ctypes.Array[ctypes.c_char] | None = None
-        self._decoded: list[ctypes.Array[ctypes.c_char]] = []
-        self._conversions: list[Attach] = []
+        self._shipped: list[DeviceBytes] = []  # for each shipment
+        self._decoded: list[Any] = []
+        self._conversions: list[Attach | DeviceBytes | None] = []
 
     def try_take(self, pool: BufferPool, *, from_window: bool = False) -> bool:
         """Take the memory; False where the budget leaves none."""
-        for part in self.places.from_files:
+        places = self.places
+        for part in places.from_files:
             buffer = part.placement.try_take(pool, from_window=from_window)
             if buffer is None:
                 return False
             self._buffers.append(buffer)
-        if self.places.packed_bytes:
-            self._packed = pool.try_take(self.places.packed_bytes, from_window=from_window)
+        if places.packed_bytes:
+            self._packed = pool.try_take(places.packed_bytes, from_window=from_window)
             if self._packed is None:
                 return False
-        for nbytes in self.places.decoded_bytes:
-            decoded = pool.try_take(nbytes, of_any_block=True)
+        for shipment in places.shipments:
+            shipped = pool.try_take(shipment.nbytes, from_window=from_window, space=shipment.carrier)
+            if shipped is None:
+                return False
+            self._shipped.append(shipped)
+        for layout in places.decoded:
+            decoded = pool.try_take(layout.nbytes, of_any_block=True, space=places.carrier_of(layout))
             if decoded is None:
                 return False
             self._decoded.append(decoded)
-        for nbytes in self.places.converted_bytes:
-            attach = pool.try_adopt(nbytes)
+        for layout in places.converted:
+            carrier = places.carrier_of(layout)
+            if carrier is None:
+                attach = pool.try_adopt(layout.nbytes)
+            elif layout.nbytes:
+                attach = pool.try_take(layout.nbytes, of_any_block=True, space=carrier)
+            else:
+                self._conversions.append(None)
+                continue
             if attach is None:
                 return False
             self._conversions.append(attach)
         return True
 
     def load(self) -> list[torch.Tensor]:
-        """Read and convert; one tensor for each piece, in the execution layout. Once; needs no lock."""
+        """Read and convert; one tensor for each piece, in the execution layout. Once; needs no lock.
+
+        On a device they need not be there yet: what uses them calls :meth:`use` first.
+        """
         # Loading is no part of what surrounds it: transforms, and modes that watch or fake operations.
         with torch._C._DisableFuncTorch():
             if not torch._C._len_torch_dispatch_stack():  # the common case; importing what disables modes is slow
@@ -226,23 +291,49 @@ class Room:
             with _disable_current_modes():
                 return self._load()
 
+    def use(self) -> None:
+        """What this thread begins from now on finds the tensors there."""
+        for arrival in self.arrivals:
+            arrival.use()
+
     def _load(self) -> list[torch.Tensor]:
         try:
-            tensors = self._read()
-            if self._decoded:
-                tensors = self._decode(tensors)
-            if self._conversions:
-                self._convert(tensors)
+            if not self.places.carriers:
+                return self._read_and_convert()
+            return self._load_on_devices()
         except BaseException as error:
-            self._clear()
             raise without_frames(error)  # noqa: B904
-        self._clear()
+        finally:
+            self._clear()
+
+    def _read_and_convert(self) -> list[torch.Tensor]:
+        tensors = self._read()
+        if self._decoded or self.places.decoded:
+            tensors = self._decode(tensors)
+        if self._conversions:
+            self._convert(tensors)
+        return tensors
+
+    def _load_on_devices(self) -> list[torch.Tensor]:
+        """In the copy streams; where nothing has to be copied, in the current ones, which wait for no copy."""
+        shipped_to = {shipment.carrier for shipment in self.places.shipments}
+        with ExitStack() as streams:
+            for carrier in self.places.carriers.values():
+                if carrier in shipped_to:
+                    streams.enter_context(carrier.device.on(carrier.device.copy_stream))
+            tensors = self._read_and_convert()
+            for carrier in self.places.carriers.values():
+                # Also of what was only on the way, and is free again: its uses end with this, too.
+                out = [*self._shipped, *self._decoded, *self._conversions]
+                uses = [part.uses for part in out if isinstance(part, DeviceBytes) and part.is_of(carrier.device)]
+                self.arrivals += (Arrival(carrier.device, uses),)
         return tensors
 
     def _clear(self) -> None:
         """Give the memory back as far as no tensor views it."""
         self._packed = None
         self._buffers.clear()
+        self._shipped.clear()
         self._decoded.clear()
         self._conversions.clear()
 
@@ -256,7 +347,12 @@ class Room:
         if self._packed is not None:
             self._read_packed(self._packed, placed)
         # Tensors that are born in inference mode cannot be saved for backward later.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
+            for shipment, shipped in zip(places.shipments, self._shipped, strict=True):
+                target = shipped.begin()
+                shipment.carrier.ship(shipment, places.to_read, target, drop_cache=self._drop_cache)
+                for i, offset in zip(shipment.pieces, shipment.offsets, strict=True):
+                    placed[i] = (shipped, offset)
             return [_tensor(piece, where) for piece, where in zip(places.to_read, placed, strict=True)]
 
     def _decode(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -267,7 +363,10 @@ class Room:
                 if piece.unpacking is None:
                     tensors.append(next(rest))
                     continue
-                values = _tensor(piece, (next(buffers), 0))
+                buffer = next(buffers)
+                if isinstance(buffer, DeviceBytes):
+                    buffer.begin()
+                values = _tensor(piece, (buffer, 0))
                 piece.unpacking.decode(piece.source, rest, values)
                 tensors.append(values)
         return tensors
@@ -297,25 +396,34 @@ class Room:
             raise type(error)(f"could not read weight {piece.source.name!r}: {error}") from error
 
     def _convert(self, tensors: list[torch.Tensor]) -> None:
-        attach = iter(self._conversions)
+        memory = iter(self._conversions)
         with torch.inference_mode(False), torch.no_grad():
             for i, layouts in enumerate(self.places.layouts):
                 for layout in layouts[1:]:
-                    converted = layout.empty().copy_(tensors[i])
-                    next(attach)(converted)
+                    at = next(memory)
+                    converted = _shaped(at.begin(), layout) if isinstance(at, DeviceBytes) else layout.empty()
+                    converted.copy_(tensors[i])
+                    if at is not None and not isinstance(at, DeviceBytes):
+                        at(converted)
                     tensors[i] = converted
 
 
 def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
     """What was read, or is decoded, there: (buffer, offset)."""
-    if piece.source.memory is not None:
-        return piece.stored_tensor(piece.source.memory)
     layout = piece.layouts()[0]
     if where is None:
-        return layout.empty()
+        memory = piece.source.memory if piece.device is None else None
+        return layout.empty() if memory is None else piece.stored_tensor(memory)
     buffer, offset = where
+    if isinstance(buffer, DeviceBytes):
+        return _shaped(buffer.tensor(offset, layout.nbytes), layout)
     flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
     return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
+
+
+def _shaped(values: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Bytes (1-D, uint8) as a tensor of this layout."""
+    return values[: layout.nbytes].view(layout.dtype).as_strided(layout.shape, layout.stride)
 
 
 def _announce(piece: Piece) -> None:

@@ -79,6 +79,9 @@ class Prefetcher:
             try:
                 self._jobs.add(job)
                 residency.load_started(missing, in_background=True)
+                if room.places.is_pinned:
+                    job.run(reads_on=False)
+                    continue
                 self.submit(job)
             except BaseException:
                 job.abandon()
@@ -105,18 +108,25 @@ class Prefetcher:
         if room is None:
             return None
         ahead = RunAhead(residency, room)
+        if places.is_pinned:
+            ahead.run()
+            return ahead
         self.submit(ahead)
         return ahead
 
     def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
         retention = residency.retention
+        # A device copies in the order of requests: what is not requested ahead comes after all that is.
+        least_bytes = 1 if residency.carriers else SMALL_GROUP_BYTES
         most = self.depth if retention.schedule is None else self.fixed_depth or MOST_PLANNED
         wanted: dict[Key, list[Weight]] = {}
         for key in retention.ahead():
             weights = [weight for weight in residency.weights_of(key) if not weight.tiled]
-            if sum([weight.nbytes for weight in weights]) >= SMALL_GROUP_BYTES:
+            nbytes = sum([weight.nbytes for weight in weights])
+            if nbytes >= least_bytes:
                 wanted[key] = weights
-                if len(wanted) == most:
+                most -= nbytes >= SMALL_GROUP_BYTES
+                if most == 0:
                     break
         return wanted
 
@@ -137,10 +147,15 @@ class _Job:
     weights: Sequence[Weight]
     room: loading.Room
 
-    def run(self) -> None:
+    def run(self, *, reads_on: bool = True) -> None:
         started = time.perf_counter()
         try:
             tensors = self.room.load()
+            if self.residency.is_recording:
+                self.residency.finish(self.room)
+        except torch.cuda.OutOfMemoryError:  # of what converting takes; who needs the weights tries again
+            self.abandon()
+            return
         except BaseException as error:  # whatever a store raises: a forward may be waiting
             with self.residency.lock:
                 if self in self.under_way:
@@ -153,7 +168,8 @@ class _Job:
                 self.under_way.remove(self)
                 self.residency.load_finished(self.weights, self.room, tensors, time.perf_counter() - started)
                 tensors.clear()  # or this frame would keep them in memory
-                self.residency.read_on()
+                if reads_on:
+                    self.residency.read_on()
 
     def abandon(self) -> None:
         with self.residency.lock:
@@ -196,6 +212,7 @@ class RunAhead:
         self._residency.waited(time.perf_counter() - started)
         if self._error is not None:
             raise self._error
+        self._room.use()
         tensor, self._tensor = self._tensor, None
         return tensor
 

@@ -18,7 +18,8 @@ from pylomin.io.buffers import BufferPool
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
-from pylomin.residency.hold import Hold, UnpackingHold
+from pylomin.residency.device_errors import capture_error, device_is_full
+from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
@@ -47,6 +48,7 @@ class Residency(Contents):
         self.scratch: ScratchDirectory | None = None
         self.choices: dict[str, str] = {}  # what `fit` chose, and why
         self._overlay = Overlay()
+        self._hold_class: type[Hold] = Hold
         self._holders: dict[int, int] = {}  # holds by thread
         # Threads that wait for memory, and whether they still need to.
         self._waiting: dict[int, Callable[[], bool]] = {}
@@ -65,6 +67,16 @@ class Residency(Contents):
             self.pool.set_limit(memory_budget)
             self._choose_reading()
             self._plan(self.retention.order)
+
+    def _stream_to(self, device: torch.device) -> None:
+        super()._stream_to(device)
+        self._hold_class = DeviceHold
+
+    def refuse_capture(self) -> None:
+        """Raises TraceError where a CUDA graph is captured."""
+        for carrier in self.carriers.values():
+            if carrier.device.is_capturing():
+                raise capture_error()
 
     def set_reading_mode(self, mode: Mode | None) -> None:
         """Read in this mode, wherever it is possible; None: in the one that suits."""
@@ -103,7 +115,12 @@ class Residency(Contents):
                 reading_why=self.reading.why,
                 resident_bytes=self.pool.in_use_bytes(),
                 peak_bytes=self.pool.peak_bytes,
+                pinned_bytes=sum(carrier.ring_bytes for carrier in self.carriers.values()),
             )
+
+    @property
+    def is_recording(self) -> bool:
+        return self._recording is not None
 
     def start_recording(self) -> None:
         """Record uses, of all threads, until :meth:`stop_recording`."""
@@ -156,16 +173,17 @@ class Residency(Contents):
         for weight in weights if group is None else group:
             if weight.parts:
                 return self._unpacking_hold(weights, group)
-        return Hold(self, weights, group)
+        return self._hold_class(self, weights, group)
 
     def _unpacking_hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None) -> Hold | UnpackingHold:
+        made = self._hold_class
         packed = [weight for weight in weights if weight.parts]
         if group is None:
-            return UnpackingHold(Hold(self, used_from(weights), None), Hold(self, packed, None))
+            return UnpackingHold(made(self, used_from(weights), None), made(self, packed, None))
         kept = used_from([weight for weight in group if weight in weights or weight.parts])
         whole = [weight for weight in kept if not (weight.is_part and weight.tiled)]
-        hold = Hold(self, whole, used_from(group))
-        return UnpackingHold(hold, Hold(self, packed, packed)) if packed else hold
+        hold = made(self, whole, used_from(group))
+        return UnpackingHold(hold, made(self, packed, packed)) if packed else hold
 
     def acquire(self, hold: Hold) -> None:
         with self.lock:
@@ -182,7 +200,7 @@ class Residency(Contents):
                 return
         if self.turns is not None:
             self._take_turns(self.turns, Group(self, hold.weights))
-        missed, waiter = False, None
+        missed, waiter, is_full = False, None, False
         while True:
             with self.lock:
                 claim = self._claim(hold, waiter)
@@ -199,13 +217,42 @@ class Residency(Contents):
                 continue
             missed = True
             started = time.perf_counter()
-            tensors = claim.load()
+            try:
+                tensors = claim.load()
+            except torch.cuda.OutOfMemoryError as error:
+                is_full = self._device_was_full(hold, claim.places, error, again=is_full)
+                continue
+            if self._recording is not None:
+                self.finish(claim)
             with self.lock:
                 stalled_s = time.perf_counter() - started
                 self.load_finished(hold.claimed, claim, tensors, stalled_s)
                 hold.claimed = []
                 if claim.places.read_bytes:
                     self._stats.stall_s += stalled_s
+
+    def _device_was_full(self, hold: Hold, places: loading.Places, error: BaseException, *, again: bool) -> bool:
+        """What loading takes beside the budget did not fit: make room, once."""
+        with self.lock:
+            claimed, hold.claimed = hold.claimed, []
+            self.load_failed(claimed)
+            self._make_room_on_device(claimed, places, error, again=again)
+        return True
+
+    def _make_room_on_device(
+        self, weights: Sequence[Weight], places: loading.Places, error: BaseException, *, again: bool
+    ) -> None:
+        """Under the lock: whatever is not in use leaves. Raises BudgetError where that was not enough the last time."""
+        if again:
+            raise device_is_full(weights, places, self.pool.in_use_bytes(), self.memory_budget) from error
+        while self._evict_one():
+            pass
+        self.pool.trim()
+
+    def finish(self, room: loading.Room) -> None:
+        """The host waits for what was loaded; only while a pass is measured, so that times are those of copies."""
+        for arrival in room.arrivals:
+            arrival.finish()
 
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
@@ -274,26 +321,38 @@ class Residency(Contents):
                 self._waiting.pop(me, None)
 
     def _read_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        if self.carriers:
+            self.refuse_capture()
+        is_full = False
+        while True:
+            room = self._room_for_runs(weight, runs)
+            started = time.perf_counter()
+            try:
+                values = room.load()[0]
+            except torch.cuda.OutOfMemoryError as error:
+                with self.lock:
+                    self._make_room_on_device([weight], room.places, error, again=is_full)
+                is_full = True
+                continue
+            room.use()
+            read_s = time.perf_counter() - started
+            with self.lock:
+                self.run_was_read(room.places, read_s)
+                if room.places.read_bytes:
+                    self._stats.stall_s += read_s
+            return values
+
+    def _room_for_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> loading.Room:
         me, waiter = threading.get_ident(), Waiter()
-        room = None
-        while room is None:
+        while True:
             with self.lock:
                 places = loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
                 room = self._find_room([weight], places, lambda: True, me, waiter)
-                if room is None:
-                    waiter.enlist(self._waiters)
-                else:
+                if room is not None:
                     self._stop_waiting(me, waiter)
-            if room is None:
-                waiter.wait()
-        started = time.perf_counter()
-        values = room.load()[0]
-        read_s = time.perf_counter() - started
-        with self.lock:
-            self.run_was_read(places, read_s)
-            if places.read_bytes:
-                self._stats.stall_s += read_s
-        return values
+                    return room
+                waiter.enlist(self._waiters)
+            waiter.wait()
 
     def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
@@ -387,6 +446,8 @@ class Residency(Contents):
                 return
         key = tuple([weight.index for weight in group])
         if self._recording is not None:
+            for carrier in self.carriers.values():
+                carrier.device.finish()
             self._recording.use(key, self._stats.stall_s)
         order = self.retention.used(key)
         if order is not None:
@@ -407,6 +468,7 @@ class Residency(Contents):
     ) -> None:
         places = room.places
         loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes, bool(weights[0].parts))
+        loaded.arrivals = room.arrivals
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
@@ -470,6 +532,7 @@ class Residency(Contents):
         waiter: Waiter | None,
     ) -> loading.Room | None:
         """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
+        is_full = False
         while True:
             room = self.reserve_in_window(weights, places) or loading.try_reserve(
                 self.pool, places, drop_cache=self.reading.drop_cache
@@ -477,6 +540,10 @@ class Residency(Contents):
             if room is not None:
                 self._waiting.pop(thread_id, None)
                 return room
+            if self.pool.refusal is not None:
+                self._make_room_on_device(weights, places, self.pool.refusal, again=is_full)
+                is_full = True
+                continue
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
@@ -543,6 +610,8 @@ class Residency(Contents):
         if not self._is_held(weight.loaded):
             self._drop(weight.loaded)
         else:  # a forward that runs now sees the new values, as it would in an ordinary model
+            for arrival in weight.loaded.arrivals:
+                arrival.use()
             with torch.no_grad():
                 weight.tensor.copy_(values)
             weight.loaded_version = weight.tensor._version
@@ -577,7 +646,7 @@ class Residency(Contents):
             return
         # Found by the garbage collector, because keeping a list of them would cost time in every forward.
         for hold in gc.get_objects():
-            if type(hold) is Hold and hold.residency is self and hold.thread_id != me:
+            if isinstance(hold, Hold) and hold.residency is self and hold.thread_id != me:
                 self._unpin(hold)
         mine = self._holders.get(me, 0)
         self._holders = {me: mine} if mine > 0 else {}

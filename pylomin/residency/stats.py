@@ -13,6 +13,7 @@ class Stats:
     background reads, each of which ends as a hit or in ``wasted``. ``stall_s`` is the time forwards waited for bytes,
     ``read_s`` the time that reads took, in the background or not.
     ``peak_bytes`` is the most that was in memory since the budget was last set.
+    ``pinned_bytes`` is host memory that bytes pass through on their way to a device; all models on it share that.
     ``reading_mode`` is how bytes of files come into memory: ``"mapped"``, ``"buffered"`` or ``"direct"``, and
     ``reading_why`` says in a sentence what decided it.
     """
@@ -29,6 +30,7 @@ class Stats:
     memory_budget: int | None = None
     reading_mode: str = "buffered"
     reading_why: str = ""
+    pinned_bytes: int = 0
 
     def __add__(self, other: Stats) -> Stats:
         budgets = [s.memory_budget for s in (self, other) if s.memory_budget is not None]
@@ -44,6 +46,7 @@ class Stats:
             stall_s=self.stall_s + other.stall_s,
             resident_bytes=self.resident_bytes + other.resident_bytes,
             peak_bytes=self.peak_bytes + other.peak_bytes,
+            pinned_bytes=max(self.pinned_bytes, other.pinned_bytes),
             memory_budget=sum(budgets) if budgets else None,
             reading_mode="+".join(modes),
             reading_why=" ".join(sorted({self.reading_why, other.reading_why} - {""})),

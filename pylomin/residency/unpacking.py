@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from pylomin.quantize.packing import CHUNK_BYTES, Packing
+from pylomin.residency.device import is_streamed_to
+from pylomin.residency.device_memory import Arrival
 from pylomin.residency.weight import Source, Weight
 from pylomin.store.quantized import check_scales
+
+DEVICE_CHUNK_BYTES = 32 << 20  # 32 MiB; its temporaries are of the allocator's memory, beside the budget
 
 Runs = tuple[tuple[int, int], ...]
 """(first, last exclusive) of elements, as they lie in memory."""
@@ -23,12 +27,14 @@ class Unpacking:
         rows: (first, last exclusive) of the weight's matrix.
         parts: all rows of each, where they are in memory.
         missing: what has to be read of the other parts, in their order; None: all of it.
+        arrivals: of the parts that are in memory, where that is a device's.
     """
 
     packing: Packing
     rows: Runs
     parts: tuple[torch.Tensor | None, ...]
     missing: tuple[tuple[Source, Runs | None], ...]
+    arrivals: tuple[Arrival, ...] = ()
 
     @staticmethod
     def of(weight: Weight, runs: Runs | None) -> Unpacking | None:
@@ -47,7 +53,10 @@ class Unpacking:
             if values is None:
                 of_part = None if runs is None else tuple((first * width, last * width) for first, last in rows)
                 missing.append((part.source, of_part))
-        return Unpacking(packing, rows, parts, tuple(missing))
+        arrivals = tuple(
+            arrival for part in weight.parts if part.tensor is not None for arrival in part.loaded.arrivals
+        )
+        return Unpacking(packing, rows, parts, tuple(missing), arrivals)
 
     def decode(self, source: Source, read: Iterator[torch.Tensor], out: torch.Tensor) -> None:
         """Into ``out``, from what is in memory and what was ``read`` of the missing parts.
@@ -55,20 +64,25 @@ class Unpacking:
         Raises:
             StoreReadError: the scales are damaged.
         """
+        for arrival in self.arrivals:
+            arrival.use()
         count = sum(last - first for first, last in self.rows)
         chosen = tuple(
             next(read).view(count, width) if part is None else self._rows_of(part.view(-1, width))
             for part, (_, width) in zip(self.parts, self.packing.part_rows(), strict=True)
         )
-        if self.packing.has_scales:
+        is_on_host = not is_streamed_to(out.device)
+        if self.packing.has_scales and is_on_host:  # for a device, they are looked at on their way there
             check_scales(chosen[1], source.name, source.store.describe(source.name))
         matrix = out.view(count, self.packing.matrix_shape[1])
-        # In pieces that stay in the processor's cache.
-        step = max(1, CHUNK_BYTES // max(1, self.packing.row_bytes))
+        # In pieces that stay in the processor's cache; on a device, that are not too small to keep it busy.
+        chunk_bytes = CHUNK_BYTES if is_on_host else DEVICE_CHUNK_BYTES
+        step = max(1, chunk_bytes // max(1, self.packing.row_bytes))
         for first in range(0, count, step):
             self.packing.decode_rows(tuple(part[first : first + step] for part in chosen), matrix[first : first + step])
 
     def _rows_of(self, part: torch.Tensor) -> torch.Tensor:
         if len(self.rows) == 1:
             return part[slice(*self.rows[0])]
-        return part.index_select(0, torch.cat([torch.arange(first, last) for first, last in self.rows]))
+        rows = torch.cat([torch.arange(first, last) for first, last in self.rows])
+        return part.index_select(0, rows.to(part.device))

@@ -7,12 +7,13 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from pylomin.residency.device import is_streamed_to
 from pylomin.store.base import InMemoryStore, WeightStore
 from pylomin.store.extents import StoredWeight
 from pylomin.store.quantized import PackedWeight
@@ -56,16 +57,35 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def steps_of(source: Source, conversions: tuple[Layout, ...]) -> tuple[Layout, ...]:
-    """What a stored tensor looks like on its way to compute memory: as it is read or decoded, then as converted.
+def steps_of(source: Source, conversions: tuple[Layout, ...], *, decoded: bool = True) -> tuple[Layout, ...]:
+    """What a stored tensor looks like in compute memory: as it arrives there or is decoded there, then as converted.
 
-    Values are decoded in the dtype that is wanted at once, with the same bits: no code times scale needs rounding.
+    Bytes go to a device as they are stored, and are converted there. Values are decoded in the dtype that is wanted at
+    once, with the same bits: no code times scale needs rounding.
+
+    Args:
+        decoded: False where the store decodes, in its own dtype.
     """
-    if source.packing is not None and conversions:
-        first = conversions[0]
-        if first.device.type == "cpu" and first.dtype.is_floating_point and first.stride == source.layout.stride:
+    if not conversions:
+        return (source.layout,)
+    first, stored = conversions[0], source.layout
+    if is_streamed_to(first.device):
+        stored = replace(stored, device=first.device)
+        if first == stored:
             return conversions
-    return (source.layout, *conversions)
+    is_decoded_as = first.dtype.is_floating_point and first.stride == stored.stride and first.device == stored.device
+    if decoded and source.packing is not None and is_decoded_as:
+        return conversions
+    return (stored, *conversions)
+
+
+def conversions_to(layouts: tuple[Layout, ...]) -> tuple[Layout, ...]:
+    """The same conversions, all on the last one's device: what is streamed to a device, or came from there, once."""
+    if not any(is_streamed_to(layout.device) for layout in layouts):
+        return layouts
+    device = layouts[-1].device
+    on_device = [replace(layout, device=device) for layout in layouts]
+    return tuple(layout for i, layout in enumerate(on_device) if not i or layout != on_device[i - 1])
 
 
 def used_from(weights: Sequence[Weight]) -> list[Weight]:
@@ -85,7 +105,7 @@ def dense_layout(tensor: torch.Tensor) -> Layout:
 class Source:
     """Bytes in a store that never change while this object lives; shared by every weight that reads them."""
 
-    __slots__ = ("__weakref__", "layout", "memory", "name", "packing", "parts", "store", "stored")
+    __slots__ = ("__weakref__", "layout", "memory", "name", "packing", "parts", "scales_of", "store", "stored")
 
     def __init__(
         self,
@@ -104,6 +124,9 @@ class Source:
         packed = getattr(store, "packed", _nowhere)(name)
         self.packing = packed.packing if isinstance(packed, PackedWeight) else None
         self.parts = _sources_of(packed) if isinstance(packed, PackedWeight) else ()
+        self.scales_of: str | None = None  # the quantised weight whose scales these are
+        if self.packing is not None and self.packing.has_scales:
+            self.parts[1].scales_of = name
         self.name = name
         self.layout = layout  # of the stored bytes, on the CPU
         if on_unused is not None:
@@ -114,6 +137,11 @@ def _sources_of(packed: PackedWeight) -> tuple[Source, ...]:
     infos = [part.info for part in packed.parts]
     layouts = [Layout(info.dtype, info.shape, contiguous_stride(info.shape), torch.device("cpu")) for info in infos]
     return tuple(Source(packed.store, name, layout) for name, layout in zip(packed.names, layouts, strict=True))
+
+
+def _packed_on(part: Source, device: torch.device) -> tuple[Layout, ...]:
+    """Packed bytes cross to a device as they are."""
+    return (replace(part.layout, device=device),) if is_streamed_to(device) else ()
 
 
 def _nowhere(name: str) -> None:
@@ -191,7 +219,11 @@ class Weight:
         self.is_part = False  # of a quantised weight
         if parts is None:
             suffixes = [part.suffix for part in source.packing.parts] if source.packing is not None else []
-            parts = tuple(Weight(name + suffix, s, residency) for suffix, s in zip(suffixes, source.parts, strict=True))
+            device = self.layout.device
+            parts = tuple(
+                Weight(name + suffix, part, residency, _packed_on(part, device))
+                for suffix, part in zip(suffixes, source.parts, strict=True)
+            )
             for part in parts:
                 part.is_part = True
         self.parts = parts
@@ -248,8 +280,11 @@ class Weight:
 
     def convert(self, layout: Layout) -> Weight:
         """This weight as ``.to(...)`` would copy it; loaded from the same bytes."""
-        steps = self.conversions if layout == self.layout else (*self.conversions, layout)
-        converted = self.replaced_by(Weight(self.name, self.source, self.residency, steps, self.parts))
+        steps = self.conversions if layout == self.layout else conversions_to((*self.conversions, layout))
+        if steps and steps[0] == self.source.layout:  # back from a device
+            steps = steps[1:]
+        parts = self.parts if layout.device == self.layout.device else None  # packed bytes are where values are decoded
+        converted = self.replaced_by(Weight(self.name, self.source, self.residency, steps, parts))
         converted.transient = True
         return converted
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pylomin.errors import StoreFormatError, StoreReadError
+from pylomin.io.buffers import PAGE_BYTES
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.placed import Placement, read_run
 from pylomin.io.runs import coalesce
@@ -188,6 +189,39 @@ def read_placed(
             read_run(file, placed, buffer, drop_cache=drop_cache)
         except StoreReadError as error:
             raise _naming([names[i] for i in placed.run.members], error) from error
+
+
+def read_range(
+    file: WeightFile,
+    start: int,
+    nbytes: int,
+    buffer: memoryview,
+    names: Sequence[str],
+    *,
+    direct: bool,
+    drop_cache: bool = False,
+) -> int:
+    """Read ``nbytes`` at ``start`` of a file, which belong to weights of these names.
+
+    Args:
+        buffer: at the start of a page, with room for all the pages that the range touches.
+        direct: past the page cache, where that can be.
+
+    Returns:
+        Where in ``buffer`` they begin.
+
+    Raises:
+        StoreReadError: naming the weights and the file.
+    """
+    at = start % PAGE_BYTES if direct else 0
+    try:
+        if direct:
+            file.read_direct(start, nbytes, buffer)
+        else:
+            file.read(start, [buffer[:nbytes]], drop_cache=drop_cache)
+    except StoreReadError as error:
+        raise _naming(names, error) from error
+    return at
 
 
 def _naming(names: Sequence[str], error: StoreReadError) -> StoreReadError:

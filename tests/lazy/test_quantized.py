@@ -159,7 +159,9 @@ def test_decoding_reuses_memory(path, monkeypatch, memory_budget):
     allocated: list[int] = []
     allocate = BufferPool._allocate
     monkeypatch.setattr(
-        BufferPool, "_allocate", lambda pool, nbytes: (allocated.append(nbytes), allocate(pool, nbytes))[1]
+        BufferPool,
+        "_allocate",
+        lambda pool, nbytes, space: (allocated.append(nbytes), allocate(pool, nbytes, space))[1],
     )
     for _ in range(4):
         model(x)

@@ -1,0 +1,41 @@
+"""What is said where a device cannot do what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pylomin.errors import BudgetError, TraceError
+from pylomin.residency.limits import format_bytes
+from pylomin.residency.loading import Places
+from pylomin.residency.weight import Weight
+
+SPARE_SHARE = 8  # of free memory that is not counted on: it may be in pieces
+
+
+def device_is_full(
+    weights: Sequence[Weight], places: Places, used_bytes: int, memory_budget: int | None
+) -> BudgetError:
+    """``weights`` found no memory on their device, though ``memory_budget`` has room for them."""
+    name = max(weights, key=lambda weight: weight.nbytes).name
+    needed_bytes = places.peak_bytes
+    device, carrier = next(iter(places.carriers.items()))
+    free_bytes = carrier.device.free_bytes()
+    would_fit = used_bytes + free_bytes - free_bytes // SPARE_SHARE
+    if would_fit >= used_bytes + needed_bytes:
+        advice = f"Use a memory_budget of at most {would_fit} ({format_bytes(would_fit)}): pylomin.set_memory_budget."
+    else:
+        advice = "No memory_budget is small enough: use smaller inputs, or free memory of the device."
+    given = "not given" if memory_budget is None else f"{memory_budget} ({format_bytes(memory_budget)})"
+    return BudgetError(
+        f"{device} has no memory left for weight '{name}', which needs {format_bytes(needed_bytes)}. Weights have "
+        f"{format_bytes(used_bytes)} of it, {format_bytes(free_bytes)} are free, and memory_budget is {given}. {advice}"
+    )
+
+
+def capture_error() -> TraceError:
+    """A CUDA graph is captured."""
+    return TraceError(
+        "a CUDA graph is being captured, and the loading of offloaded weights cannot be part of it: its replays would "
+        "read memory that others use by then. Run the model without capturing (torch.compile without "
+        "mode='reduce-overhead'), or undo offloading first: pylomin.restore(model)."
+    )
