@@ -155,6 +155,13 @@ def test_converting_that_finds_no_memory_is_tried_once_more(
     assert torch.equal(run(model), expected)
 
 
+def test_lockstep_is_refused(device: FakeDevice) -> None:
+    model = pylomin.lazy_loading(built(), device=FAKE)
+    with pytest.raises(PassError, match="one batch"):
+        pylomin.lockstep(model, [TOKENS, TOKENS])
+    assert torch.equal(run(model), EXPECTED)
+
+
 def test_graphs_are_refused(device: FakeDevice) -> None:
     model = pylomin.lazy_loading(built(), device=FAKE)
     device.capturing = True
