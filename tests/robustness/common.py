@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import gc
 import os
@@ -68,6 +69,26 @@ def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = model(x)
     return output
+
+
+def undisturbed(plain: nn.Module, x: torch.Tensor, memory_budget: int | None) -> torch.Tensor:
+    """What ``plain``, once offloaded, gives for ``x`` under a budget where nothing disturbs it.
+
+    Its own bits, but where the budget is so small that weights are used by tiles: those may round differently on some
+    processors, in the same way every time as long as no weight stays in memory.
+    """
+    model = pylomin.lazy_loading(copy.deepcopy(plain))
+    only_residency(model).set_budget(memory_budget)
+    output = forward(model, x)
+    assert is_right(model, output, forward(plain, x))
+    return output
+
+
+def is_right(model: nn.Module, output: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether an output of ``model`` has the expected bits; up to rounding if it used weights by tiles just now."""
+    if any(weight.tiled for weight in weights_of(model)):
+        return torch.allclose(output, expected, rtol=1e-5, atol=1e-5)
+    return torch.equal(output, expected)
 
 
 def only_residency(model: nn.Module) -> Residency:

@@ -30,6 +30,7 @@ from .common import (
     run_script,
     settled,
     stack_pair,
+    undisturbed,
 )
 from .interrupting import InterruptAt, places
 
@@ -40,11 +41,12 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _model(depth: int, layers_in_budget: float | None, layers: int = 2) -> tuple[torch.Tensor, torch.Tensor, Stack]:
-    x, expected, model = stack_pair(layers)
+    x, _, model = stack_pair(layers)
     if depth:
         pylomin.prefetch(model, depth=depth)
     if layers_in_budget is not None:
         only_residency(model).set_budget(int(layers_in_budget * group_bytes(model)))
+    expected = undisturbed(Stack(layers), x, only_residency(model).memory_budget)
     forward(model, x)
     forward(model, x)
     return x, expected, model
