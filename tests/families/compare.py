@@ -25,6 +25,17 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> NamedTensors:
     return tensors
 
 
+def aligned(model: nn.Module) -> nn.Module:
+    """``model``, with its values copied to where torch puts those of a model that is built in memory.
+
+    Loaders map files into memory, where a value may begin at any address; on some processors matrix products round
+    differently where that is no multiple of 16.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # a tied parameter stays one object
+    return model
+
+
 def flatten(value: object, path: str = "output") -> NamedTensors:
     """All tensors in a nest of model outputs, mappings, sequences and objects such as caches."""
     return list(_walk(value, path, set()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pylomin
 from pylomin.lazy.tensor import OffloadedTensor
 from tests.families.catalog import BY_NAME
-from tests.families.compare import assert_same, flatten, outputs_of
+from tests.families.compare import aligned, assert_same, flatten, outputs_of
 from tests.families.family import Inputs
 
 
@@ -27,6 +27,7 @@ def both(model_class: Any, directory: Path, **options: Any) -> tuple[Any, Any]:
     """The model as transformers loads it, and as we do; both draw the same numbers for what is missing."""
     torch.manual_seed(1)
     expected = model_class.from_pretrained(directory, **options)
+    aligned(expected[0] if isinstance(expected, tuple) else expected)  # with loading info, or without
     torch.manual_seed(1)
     return expected, pylomin.from_pretrained(model_class, directory, **options)
 

@@ -19,7 +19,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import pylomin
-from tests.families.compare import assert_same, outputs_of
+from tests.families.compare import aligned, assert_same, outputs_of
 from tests.families.family import Inputs, floats
 
 from .common import in_memory
@@ -97,7 +97,7 @@ def test_models(build: Callable[[], Any], inputs: Callable[[], Inputs], tmp_path
     assert in_memory(loaded) == set()
     loaded.save_pretrained(tmp_path / "again")
     again = type(plain).from_pretrained(tmp_path / "again", low_cpu_mem_usage=False)
-    for model in (pylomin.prefetch(pylomin.lazy_loading(plain)), loaded, again.eval()):
+    for model in (pylomin.prefetch(pylomin.lazy_loading(plain)), loaded, aligned(again.eval())):
         for _ in range(2):
             assert_same(expected, outputs_of(model, inputs()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -154,3 +155,25 @@ def test_no_descriptor_is_left(tmp_path):
     new = pylomin.Checkpoint({"model": {"w": torch.ones(64, 64)}})
     pylomin.save_checkpoint(new, tmp_path / "b", reference=old, lossless=True)
     assert open_descriptors() == before
+
+
+def test_what_was_begun_ahead_ends_with_an_error(tmp_path):
+    """Of the weight after the one that fails, the first piece may be read already."""
+
+    def broken() -> Iterator[torch.Tensor]:
+        yield torch.ones(64 * 64)
+        raise ArithmeticError("half of it")
+
+    good = torch.randn(64, 64)
+    weights = [
+        WeightToWrite("first", torch.float32, (128, 64), broken),
+        WeightToWrite("second", torch.float32, (64, 64), partial(reused_pieces, good, [1000])),
+    ]
+    before = open_descriptors()
+    encoder = QuantizingEncoder(lambda name, info: "int8", ["first", "second"])
+    save = partial(save_weights, weights, tmp_path / "m.safetensors", SaveOptions(encoder=encoder, progress=False))
+    with pytest.raises(ArithmeticError, match="half of it"), contextlib.closing(encoder):
+        write_quantized(encoder, partial(save, metadata={}, aliases={}, where="here"))
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("pylomin")]
+    assert open_descriptors() == before
+    assert not list(tmp_path.iterdir())
