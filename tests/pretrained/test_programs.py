@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from benchmarks import from_pretrained as benchmark
+from benchmarks import suite
 from benchmarks.common import ROOT, WorkerRun
 from examples import generate
 
@@ -44,28 +45,31 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     loaded: list[str] = []
 
-    def work(arguments: Sequence[str]) -> WorkerRun:
-        name, path = arguments[-2:]
-        loaded.append(name)
-        report: dict[str, Any] = benchmark.work(name, Path(path))
+    def run(arguments: Sequence[str]) -> WorkerRun:
+        worker = json.loads(arguments[-1])
+        loaded.append(worker["name"])
+        report: dict[str, Any] = benchmark.work(worker["name"], Path(worker["path"]))
         assert report["peak_rss_bytes"] > 1 << 20
-        return WorkerRun(report | {"peak_rss_bytes": 5 << 20 if name == "imports" else 7 << 20}, [])
+        return WorkerRun(report | {"peak_rss_bytes": 5 << 20 if worker["name"] == "imports" else 7 << 20}, [])
 
-    monkeypatch.setattr(benchmark, "run_worker", work)
+    monkeypatch.setattr(benchmark, "run_worker", run)
+    monkeypatch.setattr(suite, "DIRECTORY", tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "from_pretrained.py"), "--size", "tiny"])
-    sys.argv += ["--directory", str(tmp_path), "--output", str(tmp_path)]
+    sys.argv += ["--output", str(tmp_path)]
     benchmark.main()
     rows = json.loads((tmp_path / "from_pretrained.json").read_text())["rows"]
-    assert [row["checkpoint"] for row in rows] == ["single", "sharded", "experts"]
+    assert [row["variant"] for row in rows] == ["single", "sharded", "experts"]
     assert loaded == list(benchmark.WORKERS) * 3
+    directory = tmp_path / "tiny" / "from_pretrained"
     for row in rows:
         assert row["load_added_bytes"] == 2 << 20
-        assert row["checkpoint_bytes"] == _tensor_bytes(tmp_path / f"tiny-{row['checkpoint']}")
+        assert row["checkpoint_bytes"] == _tensor_bytes(directory / f"tiny-{row['variant']}")
         assert row["allowed_bytes"] == 2 * row["largest_tensor_bytes"] + (64 << 20)
-    assert not list(tmp_path.glob("*/saved"))
+    assert not list(directory.glob("*/saved"))
+    assert not list(directory.glob("*/written"))
 
-    monkeypatch.setattr(benchmark, "ALLOWED_BYTES", 0)
-    with pytest.raises(SystemExit, match="more memory than allowed: single, sharded, experts"):
+    monkeypatch.setattr(benchmark, "ALLOWED_BYTES", -(1 << 30))
+    with pytest.raises(SystemExit, match="failed: experts, sharded, single"):
         benchmark.main()
 
 
