@@ -227,11 +227,11 @@ class Contents:
 
     def _review_reading(self) -> None:
         """Now and then: what was read may be cached by now, or memory may have become tight."""
-        before, now = self.reading.mode, time.perf_counter()
+        before, now = (self.reading.mode, self.reads_ahead), time.perf_counter()
         self._review_at = self._uses + max(len(self._weights), REVIEW_USES)
         if self._requested_mode is None and now - self._reviewed_s > REVIEW_S:
             self._choose_reading()
-            if self.reading.mode != before:
+            if (self.reading.mode, self.reads_ahead) != before:
                 self._plan(self.retention.order)
 
     def _settle(self, loaded: Loaded) -> None:

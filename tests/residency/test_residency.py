@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pylomin.errors import BudgetError, StoreReadError
+from pylomin.residency import contents
+from pylomin.residency.reading import Reading
 from pylomin.residency.residency import Residency
 from pylomin.residency.stats import Stats
 from pylomin.residency.weight import State, Weight
@@ -785,3 +787,28 @@ def test_a_tensor_that_gets_in_place_writes_after_its_hold_does_not_corrupt_othe
         stale.fill_(77)
         assert float(value(b[0])[0]) == 1.0
     assert use(residency, b) == 1.0
+
+
+@pytest.mark.parametrize("turned_cached", [False, True])
+def test_a_plan_is_made_anew_when_a_file_has_become_cached(
+    monkeypatch: pytest.MonkeyPatch, turned_cached: bool
+) -> None:
+    """Reading ahead ends then, and with it the reason for a larger window."""
+    cached = False
+    monkeypatch.setattr(contents, "choose_reading", lambda *args, **kwargs: Reading("mapped", is_cached=cached))
+    monkeypatch.setattr(contents, "REVIEW_S", 0.0)
+    residency, all_groups, _ = groups(6, NUMEL, 3 * NBYTES)
+    residency.set_depth(1)
+    residency.set_reading_mode(None)
+    for _ in range(4):
+        for group in all_groups:
+            use(residency, group)
+    until_loaded(all_groups)
+    assert residency.reads_ahead
+    plans = []
+    plan = residency._plan
+    monkeypatch.setattr(residency, "_plan", lambda order: (plans.append(order), plan(order)))
+    cached, residency._review_at = turned_cached, 0
+    use(residency, all_groups[0])
+    assert residency.reads_ahead != turned_cached
+    assert bool(plans) == turned_cached
