@@ -24,7 +24,7 @@ LAYERS = [
     {"lazy"},
     {"residency"},
     {"store"},
-    {"quantize", "remote"},
+    {"quantize"},
     {"io"},
     {"errors"},
 ]

@@ -1,1 +1,0 @@
-"""Files on other machines: read by ranges, kept in a cache on this one."""
