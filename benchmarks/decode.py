@@ -7,7 +7,6 @@ that grow with the budget. The resident model, without a limit, says how long co
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -19,11 +18,11 @@ from transformers import LlamaConfig
 
 import pylomin
 from benchmarks.common import WorkerRun, paired_ratios
-from benchmarks.llama import NEEDED_BYTES, PEERS, SIZES, Decoder, checkpoint, offloaded, prepare
+from benchmarks.llama import NEEDED_BYTES, PEERS, Decoder, checkpoint, offloaded, prepare, run_benchmark
 from benchmarks.passes import Report
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.rows import pass_s
-from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
 from pylomin.residency.limits import format_bytes
 
 PROMPT_TOKENS = 8
@@ -129,12 +128,7 @@ def never_falls(rows: list[dict[str, Any]]) -> bool:
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("decode", __doc__, rounds=3, limit_s=540)
-    config, directory = SIZES[options.size], options.directory("llama")
-    if options.worker:
-        print(json.dumps(work(**options.worker, config=config, directory=directory)))
-        return
-    measure(options, config, directory)
+    run_benchmark("decode", __doc__, work, measure, rounds=3, limit_s=540)
 
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:

@@ -6,7 +6,6 @@ budget.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pylomin
 from benchmarks.common import WorkerRun
 from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES, PROMPT_TOKENS, TOKENS, WARM_UP_TOKENS, decode
-from benchmarks.llama import NEEDED_BYTES, SIZES, TorchDecoder, checkpoint, prepare, resident
+from benchmarks.llama import NEEDED_BYTES, TorchDecoder, checkpoint, prepare, resident, run_benchmark
 from benchmarks.passes import Report
-from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
 from pylomin.residency.limits import format_bytes
 
 SHARES = (0.1, 0.35, 0.75, 1.02)  # of all weights
@@ -57,12 +56,7 @@ def work(variant: str, memory_budget: int, config: LlamaConfig, directory: Path)
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("fit", __doc__, rounds=2, limit_s=180)
-    config, directory = SIZES[options.size], options.directory("llama")
-    if options.worker:
-        print(json.dumps(work(**options.worker, config=config, directory=directory)))
-        return
-    measure(options, config, directory)
+    run_benchmark("fit", __doc__, work, measure, rounds=2, limit_s=180)
 
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks import gpu_work
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import WorkerRun, run_rounds, run_worker
 from benchmarks.gpu_rows import Task, against_peers, bandwidth_of, overlap, rows_of, tasks
-from benchmarks.llama import index_for_accelerate
+from benchmarks.llama import index_for_accelerate, llama_config
 from benchmarks.plots import plot_speed_against_device_memory, plot_timeline
 from benchmarks.suite import Options, finish, parse, save
 from examples.bert import SIZES as BERTS
@@ -28,26 +28,8 @@ from examples.bert import SIZES as BERTS
 NEEDED_BYTES = 11 << 30  # 11 GiB: both checkpoints
 WORKER_S = 300
 LLAMAS = {
-    "full": LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=4096,
-        intermediate_size=11_008,
-        num_hidden_layers=20,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=2_000,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    ),
+    "full": llama_config(32_000, 4096, 11_008, 20, 32, 4096),
+    "tiny": llama_config(2_000, 64, 176, 4, 2, 256),
 }
 REQUIRED = ("bandwidth: pinned host to device", "prefill: resident", "decode: resident")
 

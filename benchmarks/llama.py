@@ -16,29 +16,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pylomin
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.gguf_file import gguf_file
+from benchmarks.suite import Options, parse
+
+
+def llama_config(words: int, width: int, hidden: int, layers: int, heads: int, positions: int) -> LlamaConfig:
+    """A shape with a head of its own."""
+    return LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+    )
+
 
 SIZES = {
     # 2.3 GB are streamed for each token: everything but the embedding, of which a token needs one row.
-    "full": LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=10,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=2_000,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    ),
+    "full": llama_config(32_000, 2048, 5632, 10, 16, 2048),
+    "tiny": llama_config(2_000, 64, 176, 2, 2, 256),
 }
 NEEDED_BYTES = int(5.2 * (1 << 30))  # checkpoint and GGUF
 CONTEXT = 128  # tokens, of llama.cpp's key-value cache
@@ -177,3 +175,21 @@ PEERS: dict[str, Callable[[LlamaConfig, Path], Decoder]] = {
     "accelerate disk_offload": accelerate,
     "llama.cpp F32": llama_cpp,
 }
+
+
+def run_benchmark(
+    name: str,
+    description: str | None,
+    work: Callable[..., dict[str, Any]],
+    measure: Callable[[Options, LlamaConfig, Path], None],
+    *,
+    rounds: int,
+    limit_s: float,
+) -> None:
+    """The benchmark ``name``, or in a process of its own what one of its variants does."""
+    options = parse(name, description, rounds=rounds, limit_s=limit_s)
+    config, directory = SIZES[options.size], options.directory("llama")
+    if options.worker:
+        print(json.dumps(work(**options.worker, config=config, directory=directory)))
+    else:
+        measure(options, config, directory)

@@ -7,7 +7,6 @@ what the gradients are.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from transformers import LlamaConfig
 
 from benchmarks.common import WorkerRun
 from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES
-from benchmarks.llama import NEEDED_BYTES, SIZES, checkpoint, offloaded, prepare, resident
+from benchmarks.llama import NEEDED_BYTES, checkpoint, offloaded, prepare, resident, run_benchmark
 from benchmarks.passes import Report
-from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
 
 TOKENS = 32  # of a step: reading, not computing, limits it
 WARM_UP_STEPS = 2  # the order of the weights is known, and what stays has been loaded
@@ -68,12 +67,7 @@ def work(variant: str, memory_budget: int, config: LlamaConfig, directory: Path)
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("lora", __doc__, rounds=3, limit_s=300)
-    config, directory = SIZES[options.size], options.directory("llama")
-    if options.worker:
-        print(json.dumps(work(**options.worker, config=config, directory=directory)))
-        return
-    measure(options, config, directory)
+    run_benchmark("lora", __doc__, work, measure, rounds=3, limit_s=300)
 
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:

@@ -8,7 +8,6 @@ allows it. Then at other budgets, each beside float32 streaming at that budget.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,10 @@ from benchmarks.decode import (
     smallest_budget,
 )
 from benchmarks.gguf_file import gguf_file
-from benchmarks.llama import PEERS, SIZES, Decoder, LlamaCppDecoder, checkpoint, offloaded, prepare
+from benchmarks.llama import PEERS, Decoder, LlamaCppDecoder, checkpoint, offloaded, prepare, run_benchmark
 from benchmarks.passes import Report
 from benchmarks.rows import pass_s
-from benchmarks.suite import Conditions, Options, Variant, finish, parse, rows_of, run_variants, save
+from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
 from pylomin.residency.limits import format_bytes
 
 NEEDED_BYTES = 7 << 30  # 7 GiB: float32 checkpoint and GGUF, two quantised ones, and Q8_0
@@ -128,12 +127,7 @@ def never_slower(found: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("quantized_decode", __doc__, rounds=3, limit_s=780)
-    config, directory = SIZES[options.size], options.directory("llama")
-    if options.worker:
-        print(json.dumps(work(**options.worker, config=config, directory=directory)))
-        return
-    measure(options, config, directory)
+    run_benchmark("quantized_decode", __doc__, work, measure, rounds=3, limit_s=780)
 
 
 def prepare_quantized(config: LlamaConfig, directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import string
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,6 @@ def tiny_model() -> Iterator[Path]:
         yield Path(directory)
 
 
-@contextmanager
-def given_model(directory: Path) -> Iterator[Path]:
-    """The user's directory."""
-    yield directory
-
-
 def main() -> None:
     """Load, generate and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +62,7 @@ def main() -> None:
     parser.add_argument("--device", help="where to compute; default: the CPU")
     parser.add_argument("--dtype", help="of the model, such as bfloat16; default: as the config says")
     arguments = parser.parse_args()
-    with given_model(arguments.directory) if arguments.directory else tiny_model() as directory:
+    with nullcontext(arguments.directory) if arguments.directory else tiny_model() as directory:
         run(directory, arguments)
 
 

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ def small_model() -> Iterator[Path]:
         yield Path(directory)
 
 
-@contextmanager
-def given_model(directory: Path) -> Iterator[Path]:
-    """The user's directory."""
-    yield directory
-
-
 def main() -> None:
     """Load, adapt, train, save and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,7 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="directory to save the adapters to")
     parser.add_argument("--device", help="where to compute; default: the CPU")
     arguments = parser.parse_args()
-    with given_model(arguments.directory) if arguments.directory else small_model() as directory:
+    with nullcontext(arguments.directory) if arguments.directory else small_model() as directory:
         train(directory, arguments)
 
 

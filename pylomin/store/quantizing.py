@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, TypeVar
 
@@ -35,7 +35,6 @@ from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.writer import WeightToWrite
 
 T = TypeVar("T")
-WRITE_BYTES = 1 << 22  # 4 MiB: handing over less to other threads takes longer than it saves
 
 
 class Rejected(Exception):  # an answer, not an error
@@ -283,7 +282,7 @@ class _EncodedRows:
                     break
 
     def codes(self) -> Iterator[torch.Tensor]:
-        return _joined(self._codes(), WRITE_BYTES)
+        return _joined(self._codes())
 
     def _codes(self) -> Iterator[torch.Tensor]:
         errors = ErrorSum()
@@ -310,7 +309,7 @@ class _EncodedRows:
         self.finish(self.weight.name, errors, problem)
 
     def scales(self) -> Iterator[torch.Tensor]:
-        yield from _joined(iter(self._scales), WRITE_BYTES)
+        yield from _joined(self._scales)
         self._scales.clear()
 
 
@@ -337,13 +336,16 @@ def row_chunks(pieces: Iterator[torch.Tensor], columns: int, chunk_rows: int) ->
         yield begun.view(-1, columns)
 
 
-def _joined(pieces: Iterator[torch.Tensor], nbytes: int) -> Iterator[torch.Tensor]:
-    """Vectors, joined to at least ``nbytes`` each but for the last."""
+def _joined(vectors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Joined to at least ``PIECE_BYTES`` each but for the last: handing over less to other threads costs more time."""
     joined: list[torch.Tensor] = []
-    for piece in pieces:
-        joined.append(piece)
-        if sum(part.nbytes for part in joined) >= nbytes:
+    nbytes = 0
+    for vector in vectors:
+        joined.append(vector)
+        nbytes += vector.nbytes
+        if nbytes >= PIECE_BYTES:
             yield torch.cat(joined)
             joined.clear()
+            nbytes = 0
     if joined:
         yield torch.cat(joined)
