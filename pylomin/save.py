@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -193,10 +192,9 @@ def _save(
     if encoder is None:
         return save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
     options = replace(options, encoder=encoder)
-    with contextlib.closing(encoder):
-        return write_quantized(
-            encoder, lambda: save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
-        )
+    return write_quantized(
+        encoder, lambda: save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
+    )
 
 
 def _options(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -61,31 +61,26 @@ def slices_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def made_ahead(
     items: Iterator[T], *, one_core: bool = False, beside: Callable[[T], bool] = lambda item: True
 ) -> Iterator[T]:
-    """The items, none of them None, each made by another thread while the one before it is used; the first at once.
+    """The items, none of them None, each made by another thread while the one before it is used.
 
     Args:
         one_core: that thread is to use one core, since others read, hash and write at the same time: threads of torch
             that wait for each other while those run took twice as long.
         beside: whether an item is small enough for the next to be made while it is in memory.
     """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="pylomin-made-ahead")
-    if one_core:
-        thread.submit(_use_one_core).result()
-        torch.set_num_threads(torch.get_num_threads())  # what later threads begin with is as it was
-    return _made(items, thread, [thread.submit(next, items, None)], beside)
-
-
-def _made(
-    items: Iterator[T], thread: ThreadPoolExecutor, making: list[Future[T | None]], beside: Callable[[T], bool]
-) -> Iterator[T]:
-    with thread:
-        while (item := making.pop().result()) is not None:  # not kept here: it holds the item, too
+    with ThreadPoolExecutor(1, thread_name_prefix="pylomin-made-ahead") as thread:
+        if one_core:
+            thread.submit(_use_one_core).result()
+            torch.set_num_threads(torch.get_num_threads())  # what later threads begin with is as it was
+        made = thread.submit(next, items, None)
+        while (item := made.result()) is not None:
+            del made  # it holds the item, too
             if goes_on := beside(item):
-                making.append(thread.submit(next, items, None))
+                made = thread.submit(next, items, None)
             yield item
             del item
             if not goes_on:
-                making.append(thread.submit(next, items, None))
+                made = thread.submit(next, items, None)
 
 
 def _use_one_core() -> None:

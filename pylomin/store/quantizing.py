@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -93,15 +92,11 @@ class QuantizingEncoder:
         self._scratch: IO[bytes] | None = None
         self._rejected: dict[str, list[str]] = {}  # reasons, one for each scheme that did not suit
         self._written: dict[str, _Written] = {}
-        self._rows: list[_EncodedRows] = []
         if lossless:
             check_available()
 
     def close(self) -> None:
-        """Remove what was put aside or begun. Idempotent."""
-        for rows in self._rows:
-            rows.discard()
-        self._rows.clear()
+        """Remove what was put aside. Idempotent."""
         if self._scratch is not None:
             self._scratch.close()
             self._scratch = None
@@ -129,9 +124,6 @@ class QuantizingEncoder:
             return [weight]
         entry = Packed(packing, has_reference, max_error=UNKNOWN, rms_error=UNKNOWN, reason=reason)
         rows = _EncodedRows(weight, packing, self._reference_rows if has_reference else None, self._finish)
-        if self._rows:
-            self._rows[-1].following = rows
-        self._rows.append(rows)
         first, *others = packing.parts
         stored_parts = [WeightToWrite(weight.name, first.dtype, first.shape, rows.codes)]
         stored_parts += [WeightToWrite(weight.name + p.suffix, p.dtype, p.shape, rows.scales) for p in others]
@@ -151,7 +143,6 @@ class QuantizingEncoder:
                 times = len(SCHEMES) if problem == NON_FINITE else 1
                 self._rejected.setdefault(name, []).extend([problem] * times)
             self._written.clear()
-            self._rows.clear()
             raise Rejected
         here = set(names)
         entries = {
@@ -264,22 +255,7 @@ class _EncodedRows:
     packing: Packing
     reference_rows: Callable[[str, int, torch.Tensor], torch.Tensor] | None
     finish: Callable[[str, ErrorSum, str], None]
-    following: _EncodedRows | None = None  # most likely the next to be written
     _scales: list[torch.Tensor] = field(default_factory=list)
-    _pieces: Iterator[torch.Tensor] | None = None
-
-    def begin(self) -> None:
-        """Read the first piece, ahead of its use."""
-        if self._pieces is None:
-            self._pieces = made_ahead(self.weight.pieces())
-
-    def discard(self) -> None:
-        """End what was begun and will not be used."""
-        pieces, self._pieces = self._pieces, None
-        if pieces is not None:
-            with contextlib.suppress(Exception):  # whatever it failed with is not what ended the writing
-                for _ in pieces:  # a generator that was not started would not end its thread
-                    break
 
     def codes(self) -> Iterator[torch.Tensor]:
         return _joined(self._codes())
@@ -289,14 +265,7 @@ class _EncodedRows:
         problem = ""
         done_bytes = 0
         chunk_rows = max(1, BLOCK_BYTES // self.packing.row_bytes)
-        self.begin()
-        pieces, self._pieces = self._pieces, None
-        assert pieces is not None
-        for rows in row_chunks(pieces, self.packing.matrix_shape[1], chunk_rows):
-            is_read = done_bytes + PIECE_BYTES >= self.weight.nbytes
-            if is_read and self.following is not None and rows.untyped_storage().nbytes() <= 2 * PIECE_BYTES:
-                self.following.begin()
-                self.following = None
+        for rows in row_chunks(made_ahead(self.weight.pieces()), self.packing.matrix_shape[1], chunk_rows):
             reference = self.reference_rows(self.weight.name, done_bytes, rows) if self.reference_rows else None
             done_bytes += rows.nbytes
             try:

@@ -157,8 +157,8 @@ def test_no_descriptor_is_left(tmp_path):
     assert open_descriptors() == before
 
 
-def test_what_was_begun_ahead_ends_with_an_error(tmp_path):
-    """Of the weight after the one that fails, the first piece may be read already."""
+def test_what_was_begun_ends_with_an_error(tmp_path):
+    """Pieces are read and encoded by other threads."""
 
     def broken() -> Iterator[torch.Tensor]:
         yield torch.ones(64 * 64)
