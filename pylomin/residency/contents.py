@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, BufferPool, aligned, block_bytes
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, BufferPool, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES, Carrier, carrier_to
@@ -31,7 +31,7 @@ from pylomin.residency.weight import State, Weight
 if TYPE_CHECKING:
     from pylomin.residency.turns import Turns
 
-MOST_PLACES = 64  # groups, and twice as many as there are weights, for which it is remembered where they come to lie
+MOST_PLACES = 1024  # groups and tiles, and twice as many as there are weights, of which is known where they come to lie
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
 REVIEW_S = 1.0
 
@@ -78,7 +78,7 @@ class Contents:
         self._weights_seen = 0
         self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
-        self._places: dict[Key, loading.Places] = {}
+        self._places: dict[tuple[Key, tuple[int, int] | None], loading.Places] = {}
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
@@ -151,14 +151,24 @@ class Contents:
 
     def places_of(self, weights: Sequence[Weight]) -> loading.Places:
         """Where weights that are loaded together come to lie; remembered, for they will be again."""
-        if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
-            return loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
-        key = tuple([weight.index for weight in weights])
+        return self._places_of(weights, None)
+
+    def places_of_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> loading.Places:
+        """Where runs of the elements of one weight come to lie; remembered of a tile, but not of what is looked up."""
+        if len(runs) == 1 and (runs[0][1] - runs[0][0]) * weight.element_bytes >= SMALL_BYTES:
+            return self._places_of([weight], runs[0])
+        return loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
+
+    def _places_of(self, weights: Sequence[Weight], run: tuple[int, int] | None) -> loading.Places:
+        key = (tuple([weight.index for weight in weights]), run)
         places = self._places.get(key)
         if places is None or not places.of_weights(weights):
+            runs = None if run is None else [run]
+            places = loading.Places([loading.Piece.of(weight, runs) for weight in weights], self.reading.mode)
+            if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
+                return places
             if len(self._places) > MOST_PLACES + 2 * len(self._weights):
                 self._places.clear()
-            places = loading.Places([loading.Piece.of(weight) for weight in weights], self.reading.mode)
             self._places[key] = places
         return places
 

@@ -101,7 +101,7 @@ class Prefetcher:
 
         Under the residency's lock.
         """
-        places = loading.Places([loading.Piece.of(weight, [run])], residency.reading.mode)
+        places = residency.places_of_runs(weight, [run])
         if residency.reads_inline or places.read_bytes < SMALL_GROUP_BYTES:
             return None
         room = _reserve_ahead(residency, [weight], places, 0)

@@ -346,7 +346,7 @@ class Residency(Contents):
         me, waiter = threading.get_ident(), Waiter()
         while True:
             with self.lock:
-                places = loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
+                places = self.places_of_runs(weight, runs)
                 room = self._find_room([weight], places, lambda: True, me, waiter)
                 if room is not None:
                     self._stop_waiting(me, waiter)

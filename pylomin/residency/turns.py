@@ -106,7 +106,7 @@ class Run:
         return self.values is not None or self.error is not None
 
     def places(self) -> loading.Places | None:
-        return loading.Places([loading.Piece.of(self.weights[0], self.runs)], self.residency.reading.mode)
+        return self.residency.places_of_runs(self.weights[0], self.runs)
 
     def started(self) -> None:
         """Nothing to mark: nobody else can come for it."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pylomin
 from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.residency import loading
 
 OUT, IN, ROWS = 53, 37, 7
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -237,3 +238,26 @@ def test_too_large_weight_is_read_into_private_memory() -> None:
     assert isinstance(weight, OffloadedTensor)
     assert torch.equal(weight.materialize(), plain)
     assert pylomin.stats(lazy).peak_bytes <= 32 << 10
+
+
+def test_where_tiles_come_to_lie_is_decided_once_and_again_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    class Counted(loading.Places):
+        def __init__(self, *args: Any) -> None:
+            nonlocal made
+            made += 1
+            super().__init__(*args)
+
+    monkeypatch.setattr(loading, "Places", Counted)
+    plain, x = random(64, 512), random(3, 512)
+    weight = tiled(plain, rows=32)  # tiles of 64 KiB
+    assert_near(F.linear(x, weight), F.linear(x, plain))
+    known = made
+    assert_near(F.linear(x, weight), F.linear(x, plain))
+    assert made == known > 0
+    for w in (plain, weight):
+        with torch.no_grad():
+            w *= 2
+    assert_near(F.linear(x, weight), F.linear(x, plain))
+    assert made > known
