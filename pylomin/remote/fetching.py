@@ -1,0 +1,296 @@
+"""Brings ranges of one remote file: into its place in the cache, or past it. Everything here runs in a line's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+from pylomin.errors import PylominError, StoreChangedError, StoreReadError
+from pylomin.remote.cache import Cache
+from pylomin.remote.entry import Entry
+from pylomin.remote.line import Running, Turn
+from pylomin.remote.transport import ObjectState, Part, Sink, SinkError, Unavailable
+from pylomin.remote.urls import Url
+
+REQUEST_BLOCKS = 16  # 4 MiB; larger requests gain nothing, smaller ones share a line more finely
+ATTEMPTS = 6  # without progress in between
+PROGRESS_BYTES = 1 << 18  # 256 KiB
+FIRST_WAIT_S = 0.5  # doubled each time
+LONGEST_WAIT_S = 30.0
+KEEP_BYTES = 256 << 20  # 256 MiB are written out to the disk together
+CLAIM_POLL_S = 0.02  # another process says nothing when it has fetched what it claimed
+CLAIM_S = 60.0  # who claims for so long without a result was stopped
+
+Write = Callable[[int, bytes], None]  # offset in the file, bytes
+
+
+class _Job(Turn):
+    """Blocks that are fetched with one request."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, first: int, last: int, *, urgent: bool) -> None:
+        super().__init__(urgent=urgent)
+        self.first = first
+        self.last = last
+
+
+class Fetcher:
+    """Fetches each block once, however many wait for it.
+
+    Args:
+        url: what to ask for.
+        state: what it must be.
+        entry: its place in ``cache``; closed with :meth:`close`.
+    """
+
+    def __init__(self, url: Url, state: ObjectState, entry: Entry, cache: Cache) -> None:
+        self.url = url
+        self.state = state
+        self.entry = entry
+        self.cache = cache
+        self._jobs: dict[int, _Job] = {}  # by block
+        self._pid = os.getpid()
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def provide(
+        self, running: Running, ranges: Iterable[tuple[int, int]], ahead: Iterable[tuple[int, int]] = ()
+    ) -> bool:
+        """Bring byte ranges, (start, stop exclusive), into the cache; begin to bring those of ``ahead``.
+
+        Returns:
+            False where not all of them are there in the end, because the cache cannot take them.
+
+        Raises:
+            StoreReadError: they cannot be had.
+        """
+        ranges = list(ranges)
+        jobs = self._jobs_of(running, ranges, urgent=True)
+        self._jobs_of(running, ahead, urgent=False)
+        if jobs:
+            await asyncio.wait([job.task for job in jobs])
+        for job in jobs:
+            if not job.task.cancelled() and (error := job.task.exception()) is not None:
+                raise type(error)(*error.args) if isinstance(error, PylominError) else error  # several may raise it
+        return all(self.entry.is_local(start, stop) for start, stop in ranges)
+
+    async def begin(self, running: Running, ranges: Sequence[tuple[int, int]], urgent: bool) -> None:
+        """Begin to bring byte ranges. What goes wrong is noticed by who asks for them."""
+        self._jobs_of(running, ranges, urgent=urgent)
+
+    async def read_past_cache(self, running: Running, ranges: Iterable[tuple[int, int]], write: Write) -> None:
+        """Bring byte ranges, and give them to ``write``. Raises as :meth:`provide`."""
+        step = self.entry.bytes_of(0, REQUEST_BLOCKS)[1]
+        pieces = [(at, min(at + step, stop)) for start, stop in ranges for at in range(start, stop, max(step, 1))]
+        tasks = [running.loop.create_task(self._read_past_cache(running, piece, write)) for piece in pieces]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # nobody writes there any more
+
+    async def adopt(self, running: Running, beginning: bytes) -> None:
+        """Keep the beginning of the file, which came when it was opened."""
+        entry = self.entry
+        whole = entry.missing(0, len(beginning))[:1]
+        for first, last in whole:
+            if first or entry.bytes_of(first, last)[1] > len(beginning) or not self.cache.reserve(entry, last - first):
+                return
+            try:
+                entry.write(0, beginning)
+                entry.mark(first, last)
+            except OSError as error:
+                self._no_room(error)
+
+    async def close(self, running: Running) -> None:
+        """Stop what is under way, let what was fetched be written out, leave the cache."""
+        jobs = set(self._jobs.values())
+        for job in jobs:
+            job.task.cancel()
+        await asyncio.gather(*(job.task for job in jobs), return_exceptions=True)
+        if self._keeping is not None:
+            await asyncio.wait([self._keeping])
+        self.cache.close(self.entry)
+
+    def _jobs_of(self, running: Running, ranges: Iterable[tuple[int, int]], *, urgent: bool) -> list[_Job]:
+        """The jobs that bring what is missing of ranges: those under way, and new ones."""
+        if self._pid != os.getpid():  # the tasks of the parent are not here
+            self._jobs, self._keeping, self._pid = {}, None, os.getpid()
+        jobs: dict[_Job, None] = {}
+        for start, stop in ranges:
+            for first, last in self.entry.missing(start, stop):
+                if not self.entry.writable:
+                    self.entry.refresh(first, last)  # another process may write
+                    continue
+                block = first
+                while block < last:
+                    job = self._jobs.get(block)
+                    if job is None:
+                        end = next((b for b in range(block, last) if b in self._jobs), last)
+                        job = self._start(running, block, min(end, block + REQUEST_BLOCKS), urgent=urgent)
+                    elif urgent:
+                        running.slots.hurry(job)
+                    jobs[job] = None
+                    block = job.last
+        return list(jobs)
+
+    def _start(self, running: Running, first: int, last: int, *, urgent: bool) -> _Job:
+        job = _Job(first, last, urgent=urgent)
+        for block in range(first, last):
+            self._jobs[block] = job
+        job.task = running.loop.create_task(self._bring(running, job))
+        job.task.add_done_callback(_seen)
+        return job
+
+    async def _bring(self, running: Running, job: _Job) -> None:
+        entry, loop = self.entry, running.loop
+        deadline = loop.time() + CLAIM_S
+        try:
+            while not entry.refresh(job.first, job.last):
+                await running.slots.take(job)
+                try:
+                    if entry.claim(job.first, job.last) or loop.time() > deadline:
+                        await self._fetch(running, job)
+                        return
+                finally:
+                    running.slots.give()
+                await asyncio.sleep(CLAIM_POLL_S)
+        finally:
+            for block in range(job.first, job.last):
+                if self._jobs.get(block) is job:
+                    del self._jobs[block]
+
+    async def _fetch(self, running: Running, job: _Job) -> None:
+        """What is still missing of claimed blocks."""
+        entry = self.entry
+        try:
+            entry.refresh(job.first, job.last)
+            start, stop = entry.bytes_of(job.first, job.last)
+            for first, last in entry.missing(start, stop):
+                if not self.cache.reserve(entry, last - first):
+                    return
+                marked = False
+                try:
+                    await self._download(running, *entry.bytes_of(first, last), self._keep_bytes)
+                    try:
+                        entry.mark(first, last)
+                    except OSError as error:
+                        self._no_room(error)
+                        return
+                    marked = True
+                except SinkError:
+                    return
+                finally:
+                    if not marked:
+                        entry.granted += last - first
+        finally:
+            entry.unclaim(job.first, job.last)
+        if self._keeping is None and (entry.unkept_bytes >= KEEP_BYTES or entry.is_complete):
+            self._keeping = running.finish(self._write_out())
+
+    def _keep_bytes(self, offset_bytes: int, chunk: bytes) -> None:
+        try:
+            self.entry.write(offset_bytes, chunk)
+        except OSError as error:
+            self._no_room(error)
+            raise SinkError from None
+
+    def _no_room(self, error: OSError) -> None:
+        self.entry.writable = False
+        self.cache.report(f"{error.strerror or error} (errno {error.errno})")
+
+    async def _write_out(self) -> None:
+        try:
+            modified_ns = await asyncio.to_thread(self.entry.keep)
+            if modified_ns is not None:
+                self.cache.seal(self.entry, modified_ns)
+        except (OSError, RuntimeError):  # a failing disk, or the interpreter ends: what is not kept is fetched again
+            return
+        finally:
+            self._keeping = None
+
+    async def _read_past_cache(self, running: Running, piece: tuple[int, int], write: Write) -> None:
+        await running.slots.take(Turn(urgent=True))
+        try:
+            await self._download(running, *piece, write)
+        finally:
+            running.slots.give()
+
+    async def _download(self, running: Running, start: int, stop: int, write: Write) -> None:
+        await download(running, self.url, start, stop, self._check, write)
+
+    def _check(self, part: Part) -> None:
+        if part.state != self.state:
+            raise StoreChangedError(
+                f"{self.url.shown!r} was changed after it was opened: expected {self.state}, found {part.state}. Open "
+                "it again to use what it holds now."
+            )
+
+
+async def download(
+    running: Running, url: Url, start: int, stop: int, check: Callable[[Part], None], write: Write
+) -> int:
+    """Bring ``[start, stop)``, with as many requests as it takes; what has come already is not asked for again.
+
+    Args:
+        check: raises if what the server announces is not what is wanted.
+        write: is given the bytes, in order.
+
+    Returns:
+        Where it ended: before ``stop`` only at the end of the file.
+
+    Raises:
+        StoreReadError: naming the URL and what is wrong with it.
+    """
+    position, end = start, stop
+
+    def begin(part: Part) -> Sink:
+        nonlocal end
+        check(part)
+        end = min(stop, part.state.size_bytes)
+        if part.start != position or not position <= part.stop <= end or (part.stop == position) != (position == end):
+            raise StoreReadError(
+                f"the server of {url.shown!r} was asked for bytes {position} to {end} (exclusive) and announced "
+                f"{part.start} to {part.stop}. Download the file and open it from disk."
+            )
+        return take
+
+    def take(chunk: bytes) -> None:
+        nonlocal position
+        if position + len(chunk) > end:
+            raise StoreReadError(
+                f"the server of {url.shown!r} sends more than it was asked for: expected bytes {start} to {end} "
+                "(exclusive). Download the file and open it from disk."
+            )
+        write(position, chunk)
+        position += len(chunk)
+
+    attempt, reached = 0, position
+    while True:
+        wait_s = 0.0
+        try:
+            await (await running.transport()).get(url, position, stop, begin)
+            problem = f"the answer ended after {position - start} of {end - start} bytes"
+        except Unavailable as error:
+            problem, wait_s = str(error), error.wait_s
+        if position == end:
+            return position
+        if position - reached >= PROGRESS_BYTES:
+            attempt, reached = 0, position
+        attempt += 1
+        if attempt == ATTEMPTS:
+            raise StoreReadError(
+                f"reading bytes {position} to {stop} (exclusive) of {url.shown!r} failed {attempt} times, the last "
+                f"time with: {problem}. Check the network and the server, then try again."
+            )
+        backoff_s = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1)
+        await asyncio.sleep(min(max(wait_s, backoff_s), LONGEST_WAIT_S))
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Whoever waits raises the error; where nobody does, it is no news."""
+    if not task.cancelled():
+        task.exception()
