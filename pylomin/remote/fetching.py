@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import random
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
 
-from pylomin.errors import PylominError, StoreChangedError, StoreReadError
+from pylomin.errors import PylominError, StoreChangedError
 from pylomin.remote.cache import Cache
+from pylomin.remote.download import Write, download
 from pylomin.remote.entry import Entry
 from pylomin.remote.line import Running, Turn
-from pylomin.remote.transport import ObjectState, Part, Sink, SinkError, Unavailable
+from pylomin.remote.transport import ObjectState, Part, SinkError
 from pylomin.remote.urls import Url
 
 REQUEST_BLOCKS = 16  # 4 MiB; larger requests gain nothing, smaller ones share a line more finely
-ATTEMPTS = 6  # without progress in between
-PROGRESS_BYTES = 1 << 18  # 256 KiB
-FIRST_WAIT_S = 0.5  # doubled each time
-LONGEST_WAIT_S = 30.0
 KEEP_BYTES = 256 << 20  # 256 MiB are written out to the disk together
 CLAIM_POLL_S = 0.02  # another process says nothing when it has fetched what it claimed
 CLAIM_S = 60.0  # who claims for so long without a result was stopped
-
-Write = Callable[[int, bytes], None]  # offset in the file, bytes
 
 
 class _Job(Turn):
@@ -52,7 +46,7 @@ class Fetcher:
         self.entry = entry
         self.cache = cache
         self._jobs: dict[int, _Job] = {}  # by block
-        self._pid = os.getpid()
+        self._running: Running | None = None  # whose tasks these are
         self._keeping: asyncio.Task[None] | None = None
 
     async def provide(
@@ -107,6 +101,7 @@ class Fetcher:
 
     async def close(self, running: Running) -> None:
         """Stop what is under way, let what was fetched be written out, leave the cache."""
+        self._forget_those_of_others(running)
         jobs = set(self._jobs.values())
         for job in jobs:
             job.task.cancel()
@@ -117,8 +112,7 @@ class Fetcher:
 
     def _jobs_of(self, running: Running, ranges: Iterable[tuple[int, int]], *, urgent: bool) -> list[_Job]:
         """The jobs that bring what is missing of ranges: those under way, and new ones."""
-        if self._pid != os.getpid():  # the tasks of the parent are not here
-            self._jobs, self._keeping, self._pid = {}, None, os.getpid()
+        self._forget_those_of_others(running)
         jobs: dict[_Job, None] = {}
         for start, stop in ranges:
             for first, last in self.entry.missing(start, stop):
@@ -137,6 +131,11 @@ class Fetcher:
                     block = job.last
         return list(jobs)
 
+    def _forget_those_of_others(self, running: Running) -> None:
+        """After a fork, the tasks of the parent's loop are not here."""
+        if self._running is not running:
+            self._jobs, self._keeping, self._running = {}, None, running
+
     def _start(self, running: Running, first: int, last: int, *, urgent: bool) -> _Job:
         job = _Job(first, last, urgent=urgent)
         for block in range(first, last):
@@ -147,7 +146,7 @@ class Fetcher:
 
     async def _bring(self, running: Running, job: _Job) -> None:
         entry, loop = self.entry, running.loop
-        deadline = loop.time() + CLAIM_S
+        deadline = math.inf
         try:
             while not entry.refresh(job.first, job.last):
                 await running.slots.take(job)
@@ -157,6 +156,7 @@ class Fetcher:
                         return
                 finally:
                     running.slots.give()
+                deadline = min(deadline, loop.time() + CLAIM_S)
                 await asyncio.sleep(CLAIM_POLL_S)
         finally:
             for block in range(job.first, job.last):
@@ -228,66 +228,6 @@ class Fetcher:
                 f"{self.url.shown!r} was changed after it was opened: expected {self.state}, found {part.state}. Open "
                 "it again to use what it holds now."
             )
-
-
-async def download(
-    running: Running, url: Url, start: int, stop: int, check: Callable[[Part], None], write: Write
-) -> int:
-    """Bring ``[start, stop)``, with as many requests as it takes; what has come already is not asked for again.
-
-    Args:
-        check: raises if what the server announces is not what is wanted.
-        write: is given the bytes, in order.
-
-    Returns:
-        Where it ended: before ``stop`` only at the end of the file.
-
-    Raises:
-        StoreReadError: naming the URL and what is wrong with it.
-    """
-    position, end = start, stop
-
-    def begin(part: Part) -> Sink:
-        nonlocal end
-        check(part)
-        end = min(stop, part.state.size_bytes)
-        if part.start != position or not position <= part.stop <= end or (part.stop == position) != (position == end):
-            raise StoreReadError(
-                f"the server of {url.shown!r} was asked for bytes {position} to {end} (exclusive) and announced "
-                f"{part.start} to {part.stop}. Download the file and open it from disk."
-            )
-        return take
-
-    def take(chunk: bytes) -> None:
-        nonlocal position
-        if position + len(chunk) > end:
-            raise StoreReadError(
-                f"the server of {url.shown!r} sends more than it was asked for: expected bytes {start} to {end} "
-                "(exclusive). Download the file and open it from disk."
-            )
-        write(position, chunk)
-        position += len(chunk)
-
-    attempt, reached = 0, position
-    while True:
-        wait_s = 0.0
-        try:
-            await (await running.transport()).get(url, position, stop, begin)
-            problem = f"the answer ended after {position - start} of {end - start} bytes"
-        except Unavailable as error:
-            problem, wait_s = str(error), error.wait_s
-        if position == end:
-            return position
-        if position - reached >= PROGRESS_BYTES:
-            attempt, reached = 0, position
-        attempt += 1
-        if attempt == ATTEMPTS:
-            raise StoreReadError(
-                f"reading bytes {position} to {stop} (exclusive) of {url.shown!r} failed {attempt} times, the last "
-                f"time with: {problem}. Check the network and the server, then try again."
-            )
-        backoff_s = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.5, 1)
-        await asyncio.sleep(min(max(wait_s, backoff_s), LONGEST_WAIT_S))
 
 
 def _seen(task: asyncio.Task[None]) -> None:

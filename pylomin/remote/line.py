@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import heapq
 import itertools
 import os
@@ -81,18 +82,17 @@ class Running:
         self.slots = Slots(IN_FLIGHT)
         self.finishing: set[asyncio.Task[None]] = set()  # what is not cut short at the end
         self._connect = connect
-        self._transport: asyncio.Task[Transport] | None = None
+        self._transport: Transport | None = None
+        self._starting = asyncio.Lock()
 
     async def transport(self) -> Transport:
-        if self._transport is None:
-            self._transport = self.loop.create_task(self._started())
-        starting = self._transport
-        try:
-            return await asyncio.shield(starting)
-        finally:
-            # A failed one would keep its error, with the frames of whoever it was raised to.
-            if starting.done() and (starting.cancelled() or starting.exception()) and self._transport is starting:
-                self._transport = None
+        """Started; one that did not start is forgotten."""
+        async with self._starting:
+            if self._transport is None:
+                transport = self._connect()
+                await transport.start()
+                self._transport = transport
+            return self._transport
 
     def finish(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Let something run to its end, even if the line is closed meanwhile."""
@@ -101,26 +101,19 @@ class Running:
         task.add_done_callback(self.finishing.discard)
         return task
 
-    async def _started(self) -> Transport:
-        transport = self._connect()
-        await transport.start()
-        return transport
-
     def _serve(self) -> None:
-        try:
+        with contextlib.closing(self.loop):
             self.loop.run_forever()
-        finally:
             self.loop.run_until_complete(self._wind_up())
             self.loop.run_until_complete(self.loop.shutdown_default_executor())
-            self.loop.close()
 
     async def _wind_up(self) -> None:
         others = asyncio.all_tasks() - self.finishing - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, *self.finishing, return_exceptions=True)
-        if self._transport is not None and self._transport.done():
-            await self._transport.result().close()
+        if self._transport is not None:
+            await self._transport.close()
 
 
 class Line:
@@ -131,16 +124,17 @@ class Line:
 
     def __init__(self, connect: Callable[[], Transport]) -> None:
         self._connect = connect
-        self._by_pid: dict[int, Running] = {}
+        self._started: list[Running] = []  # in this process; the first one counts
+        _lines.add(self)
 
     @property
     def is_running(self) -> bool:
-        """In this process."""
-        return os.getpid() in self._by_pid
+        """In this process; at its end, not any more."""
+        return bool(self._started) and self._started[0].thread.is_alive()
 
     def run(self, function: Callable[[Running], Coroutine[Any, Any, T]]) -> T:
         """The result of a coroutine. An interrupt ends the wait and not the coroutine."""
-        running = self._running()
+        running = self.running()
         future = asyncio.run_coroutine_threadsafe(function(running), running.loop)
         try:
             return future.result()
@@ -154,36 +148,53 @@ class Line:
 
     def post(self, function: Callable[[Running], Coroutine[Any, Any, None]]) -> None:
         """Let a coroutine run, and do not wait for it."""
-        running = self._running()
+        running = self.running()
         running.loop.call_soon_threadsafe(lambda: running.finish(function(running)))
 
     def run_at_end(self, function: Callable[[Running], Coroutine[Any, Any, None]]) -> None:
         """As :meth:`run`, but from finalizers, which any thread may run: the loop's own does not wait for itself."""
-        running = self._running()
+        running = self.running()
         if threading.current_thread() is running.thread:
             running.finish(function(running))
         else:
             self.run(function)
 
-    def _running(self) -> Running:
-        pid = os.getpid()
-        running = self._by_pid.get(pid)
-        if running is None:
+    def running(self) -> Running:
+        """Of this process; it begins with the first call."""
+        if not self._started:
             # In this order: an interrupt in between leaves nothing that never ends, or that never begins.
             new = Running(self._connect)
-            weakref.finalize(self, _end, new, pid)
+            weakref.finalize(self, _end, new)
             new.thread.start()
-            running = self._by_pid.setdefault(pid, new)
-            if running is not new:  # another thread came here at the same time
-                _end(new, pid)
-        return running
+            self._started.append(new)
+            if self._started[0] is not new:  # another thread came here at the same time
+                _end(new)
+        return self._started[0]
+
+    def reset_after_fork(self) -> None:
+        """The thread stayed in the parent; what lives in its loop is never collected here.
+
+        To collect it would take the parent's sockets out of the selector, which both processes share.
+        """
+        _of_parents.extend(self._started)
+        self._started = []
 
 
-def _end(running: Running, owner_pid: int) -> None:
-    if os.getpid() != owner_pid:
-        return
+def _end(running: Running) -> None:
     if running.thread is threading.current_thread():
         running.loop.call_soon(running.loop.stop)
-    elif running.thread.is_alive():
+    elif running.thread.is_alive():  # not so in a forked child
         running.loop.call_soon_threadsafe(running.loop.stop)
         running.thread.join()
+
+
+_lines: weakref.WeakSet[Line] = weakref.WeakSet()
+_of_parents: list[Running] = []
+
+
+def _reset_all_after_fork() -> None:
+    for line in list(_lines):
+        line.reset_after_fork()
+
+
+os.register_at_fork(after_in_child=_reset_all_after_fork)

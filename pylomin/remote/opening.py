@@ -10,8 +10,8 @@ from typing import Any
 from pylomin.errors import PassError, StoreChangedError
 from pylomin.io.sizes import parse_bytes
 from pylomin.remote.cache import Cache
+from pylomin.remote.download import download
 from pylomin.remote.entry import BLOCK_BYTES
-from pylomin.remote.fetching import download
 from pylomin.remote.file import RemoteFile
 from pylomin.remote.http import HttpTransport
 from pylomin.remote.hub import Hub

@@ -9,11 +9,13 @@ from typing import Any
 
 from pylomin.errors import MissingPackageError, PassError
 
+# All that a line's thread needs: a process that forks while another thread imports hangs at the next import.
+_HTTP = ["fsspec", "aiohttp", "fsspec.implementations.http"]
 _NEEDED = {
-    "http": ["fsspec", "aiohttp"],
-    "https": ["fsspec", "aiohttp"],
+    "http": _HTTP,
+    "https": _HTTP,
     "s3": ["fsspec", "s3fs"],
-    "hf": ["fsspec", "aiohttp", "huggingface_hub"],
+    "hf": [*_HTTP, "huggingface_hub"],
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pylomin.remote import fetching
+from pylomin.remote import download
 
 from . import servers
 
@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(download, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture(autouse=True)

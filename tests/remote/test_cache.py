@@ -26,7 +26,6 @@ from pylomin.remote.cache import Cache
 from pylomin.remote.entry import BLOCK_BYTES, HEADER_BYTES, Entry, read_header
 from pylomin.remote.transport import ObjectState
 from pylomin.remote.urls import Url
-from tests.store.files import read_tensor, same_bits
 
 from .servers import Handler, Served
 from .test_http import assert_holds, several_blocks
@@ -411,29 +410,6 @@ def test_what_a_killed_process_was_granted_is_free_again(server, cache):
     assert read_header(descriptor.fd).granted > 1
     store = pylomin.open_store(url)
     assert read_header(descriptor.fd).granted == 1
-    store.close()
-
-
-def test_a_fork_uses_what_its_parent_opened(server):
-    tensors = several_blocks()
-    url = server.put("m.safetensors", save(tensors))
-    store = pylomin.open_store(url)
-    assert same_bits(read_tensor(store, "layers.0.weight"), tensors["layers.0.weight"])
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            good = all(same_bits(read_tensor(store, name), tensor) for name, tensor in tensors.items())
-            store.close()
-            status = 0 if good else 2
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + 60
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        assert time.monotonic() < deadline, "the child hangs"
-        time.sleep(0.01)
-    assert os.waitstatus_to_exitcode(done[1]) == 0
-    assert_holds(store, tensors)
     store.close()
 
 

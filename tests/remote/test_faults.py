@@ -15,8 +15,8 @@ from torch import nn
 import pylomin
 from pylomin.errors import StoreChangedError, StoreReadError
 from pylomin.remote import cache as cache_module
+from pylomin.remote import download, http
 from pylomin.remote import entry as entry_module
-from pylomin.remote import fetching, http
 from pylomin.remote.entry import BLOCK_BYTES
 from tests.store.files import read_tensor, same_bits
 
@@ -122,17 +122,17 @@ def test_states_that_stay(server, tensors):
 
 def test_the_server_says_how_long_to_wait(server, tensors, monkeypatch):
     waits = []
-    sleep = fetching.asyncio.sleep
+    sleep = download.asyncio.sleep
 
     async def recorded(delay_s):
         waits.append(delay_s)
         await sleep(0)
 
-    monkeypatch.setattr(fetching.asyncio, "sleep", recorded)
+    monkeypatch.setattr(download.asyncio, "sleep", recorded)
     url = server.put("m.safetensors", save(tensors))
     server.faults = [status(429, {"Retry-After": "7"}), status(503, {"Retry-After": "99999"}), fine]
     pylomin.open_store(url).close()
-    assert waits == [7.0, fetching.LONGEST_WAIT_S]
+    assert waits == [7.0, download.LONGEST_WAIT_S]
 
 
 @pytest.mark.parametrize(("code", "message"), [(401, "401"), (403, "may not be read: status 403"), (404, "not exist")])
@@ -284,7 +284,7 @@ def test_it_changes_while_it_is_opened(server, tensors):
 
 def test_a_server_that_says_nothing(server, tensors, monkeypatch):
     monkeypatch.setattr(http, "IDLE_S", 0.1)
-    monkeypatch.setattr(fetching, "ATTEMPTS", 2)
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
     url = server.put("m.safetensors", save(tensors))
     store = pylomin.open_store(url)
     server.always = hang

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import huggingface_hub
 import pytest
 from safetensors.torch import save
 
@@ -17,6 +18,7 @@ from .test_http import assert_holds, assert_no_secrets, several_blocks
 
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[servers.Hub]:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # which it reads once, when imported
     with servers.hub() as hub:
         yield hub
 

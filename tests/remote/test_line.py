@@ -92,7 +92,7 @@ def test_who_waits_when_it_ends_is_told():
     waiting = threading.Thread(target=wait, args=(line,))
     waiting.start()
     assert begun.wait(30)
-    running = next(iter(line._by_pid.values()))
+    running = line.running()
     running.loop.call_soon_threadsafe(running.loop.stop)
     waiting.join(30)
     assert not waiting.is_alive()
