@@ -30,11 +30,15 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_threads_are_left() -> Iterator[None]:
     yield
-    gc.collect()
-    left = [thread for thread in threading.enumerate() if thread.name == "pylomin-remote"]
-    for thread in left:
+    if _remote_threads():
+        gc.collect()  # takes long in a process that imported so much
+    for thread in _remote_threads():
         thread.join(30)  # of one that ended itself, for it ran the collector, nobody has waited for the end
-    assert not any(thread.is_alive() for thread in left)
+        assert not thread.is_alive()
+
+
+def _remote_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "pylomin-remote"]
 
 
 @pytest.fixture(scope="session")

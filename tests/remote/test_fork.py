@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:remote weights cannot all be kept"),
 ]
 LIMIT_S = 60  # for a child; many are alive at a time, and all ask one server
-FORKS = int(os.environ.get("PYLOMIN_FORKS", "12"))
+FORKS = int(os.environ.get("PYLOMIN_FORKS", "8"))
 LITTLE = 4 * BLOCK_BYTES  # of a cache, which makes every pass fetch
 
 
