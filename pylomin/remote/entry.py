@@ -176,11 +176,11 @@ class Entry:
     def unclaim(self, first: int, last: int) -> None:
         self._lock(fcntl.F_UNLCK, first, last)
 
-    def write(self, offset_bytes: int, chunk: bytes) -> None:
+    def write(self, offset_bytes: int, content: bytes | bytearray) -> None:
         """Lets OSError pass."""
         data = self._data
         assert data is not None
-        view = memoryview(chunk)
+        view = memoryview(content)
         while len(view):
             count = os.pwrite(data.fd, view, offset_bytes)
             offset_bytes += count

@@ -11,10 +11,10 @@ from pylomin.remote.cache import Cache
 from pylomin.remote.download import Write, download
 from pylomin.remote.entry import Entry
 from pylomin.remote.line import Running, Turn
-from pylomin.remote.transport import ObjectState, Part, SinkError
+from pylomin.remote.transport import ObjectState, Part
 from pylomin.remote.urls import Url
 
-REQUEST_BLOCKS = 16  # 4 MiB; larger requests gain nothing, smaller ones share a line more finely
+REQUEST_BLOCKS = 16  # 4 MiB, at multiples of it; larger requests gain nothing, smaller ones share a line more finely
 KEEP_BYTES = 256 << 20  # 256 MiB are written out to the disk together
 CLAIM_POLL_S = 0.02  # another process says nothing when it has fetched what it claimed
 CLAIM_S = 60.0  # who claims for so long without a result was stopped
@@ -93,11 +93,7 @@ class Fetcher:
         for first, last in whole:
             if first or entry.bytes_of(first, last)[1] > len(beginning) or not self.cache.reserve(entry, last - first):
                 return
-            try:
-                entry.write(0, beginning)
-                entry.mark(first, last)
-            except OSError as error:
-                self._no_room(error)
+            self._put(first, last, beginning)
 
     async def close(self, running: Running) -> None:
         """Stop what is under way, let what was fetched be written out, leave the cache."""
@@ -123,8 +119,9 @@ class Fetcher:
                 while block < last:
                     job = self._jobs.get(block)
                     if job is None:
-                        end = next((b for b in range(block, last) if b in self._jobs), last)
-                        job = self._start(running, block, min(end, block + REQUEST_BLOCKS), urgent=urgent)
+                        end = min(last, block + REQUEST_BLOCKS - block % REQUEST_BLOCKS)
+                        end = next((b for b in range(block, end) if b in self._jobs), end)
+                        job = self._start(running, block, end, urgent=urgent)
                     elif urgent:
                         running.slots.hurry(job)
                     jobs[job] = None
@@ -172,41 +169,51 @@ class Fetcher:
             for first, last in entry.missing(start, stop):
                 if not self.cache.reserve(entry, last - first):
                     return
-                marked = False
+                kept = False
                 try:
-                    await self._download(running, *entry.bytes_of(first, last), self._keep_bytes)
-                    try:
-                        entry.mark(first, last)
-                    except OSError as error:
-                        self._no_room(error)
-                        return
-                    marked = True
-                except SinkError:
-                    return
+                    kept = self._put(first, last, await self._content(running, *entry.bytes_of(first, last)))
                 finally:
-                    if not marked:
+                    if not kept:
                         entry.granted += last - first
+                if not kept:
+                    return
         finally:
             entry.unclaim(job.first, job.last)
-        if self._keeping is None and (entry.unkept_bytes >= KEEP_BYTES or entry.is_complete):
+        if self._keeping is None and self._is_much_unkept():
             self._keeping = running.finish(self._write_out())
 
-    def _keep_bytes(self, offset_bytes: int, chunk: bytes) -> None:
-        try:
-            self.entry.write(offset_bytes, chunk)
-        except OSError as error:
-            self._no_room(error)
-            raise SinkError from None
+    async def _content(self, running: Running, start: int, stop: int) -> bytearray:
+        """In one piece: of what is written in small ones, the page cache is slower to map."""
+        content = bytearray(stop - start)
 
-    def _no_room(self, error: OSError) -> None:
-        self.entry.writable = False
-        self.cache.report(f"{error.strerror or error} (errno {error.errno})")
+        def take(offset_bytes: int, chunk: bytes) -> None:
+            at = offset_bytes - start
+            content[at : at + len(chunk)] = chunk
+
+        await self._download(running, start, stop, take)
+        return content
+
+    def _put(self, first: int, last: int, content: bytes | bytearray) -> bool:
+        """Write blocks into the cache and mark them; False where there is no room."""
+        try:
+            self.entry.write(self.entry.bytes_of(first, last)[0], content)
+            self.entry.mark(first, last)
+        except OSError as error:
+            self.entry.writable = False
+            self.cache.report(f"{error.strerror or error} (errno {error.errno})")
+            return False
+        return True
+
+    def _is_much_unkept(self) -> bool:
+        unkept_bytes = self.entry.unkept_bytes
+        return unkept_bytes >= KEEP_BYTES or (unkept_bytes > 0 and self.entry.is_complete)
 
     async def _write_out(self) -> None:
         try:
-            modified_ns = await asyncio.to_thread(self.entry.keep)
-            if modified_ns is not None:
-                self.cache.seal(self.entry, modified_ns)
+            while self._is_much_unkept():  # more comes meanwhile
+                modified_ns = await asyncio.to_thread(self.entry.keep)
+                if modified_ns is not None:
+                    self.cache.seal(self.entry, modified_ns)
         except (OSError, RuntimeError):  # a failing disk, or the interpreter ends: what is not kept is fetched again
             return
         finally:

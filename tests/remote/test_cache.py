@@ -22,6 +22,7 @@ from pylomin.errors import StoreFormatError
 from pylomin.io.descriptor import Descriptor
 from pylomin.remote import cache as cache_module
 from pylomin.remote import entry as entry_module
+from pylomin.remote import fetching
 from pylomin.remote.cache import Cache
 from pylomin.remote.entry import BLOCK_BYTES, HEADER_BYTES, Entry, read_header
 from pylomin.remote.transport import ObjectState
@@ -413,6 +414,19 @@ def test_what_a_killed_process_was_granted_is_free_again(server, cache):
     store.close()
 
 
+def test_who_claims_and_brings_nothing_is_waited_for_a_while(server, cache, monkeypatch):
+    monkeypatch.setattr(fetching, "CLAIM_S", 0.1)
+    tensors = several_blocks()
+    url = server.put("m.safetensors", save(tensors))
+    store = pylomin.open_store(url)
+    kept = Cache(str(cache))
+    stopped = kept.open(Url.parse(url), store.files[0]._fetcher.state)
+    assert stopped.claim(1, 3)
+    assert_holds(store, tensors)
+    kept.close(stopped)
+    store.close()
+
+
 def test_a_small_cache_holds_a_part_and_the_rest_comes_each_time(server):
     tensors = several_blocks()  # 3.6 MB
     url = server.put("m.safetensors", save(tensors))
@@ -426,9 +440,27 @@ def test_a_small_cache_holds_a_part_and_the_rest_comes_each_time(server):
     store.close()
 
 
-def test_everything_is_written_out_in_the_end(server, cache):
+@pytest.mark.parametrize("slow_disk", [False, True])
+def test_everything_is_written_out_in_the_end(server, cache, monkeypatch, slow_disk):
     """Then another boot does not matter."""
     tensors = several_blocks()
+    if slow_disk:  # the last block comes while others are written out
+        last_has_come = threading.Event()
+        keep, mark = Entry.keep, Entry.mark
+
+        def slow_keep(entry: Entry) -> int | None:
+            modified_ns = keep(entry)
+            assert last_has_come.wait(60)
+            return modified_ns
+
+        def telling_mark(entry: Entry, first: int, last: int) -> None:
+            mark(entry, first, last)
+            if entry.is_complete:
+                last_has_come.set()
+
+        monkeypatch.setattr(fetching, "KEEP_BYTES", 1)
+        monkeypatch.setattr(Entry, "keep", slow_keep)
+        monkeypatch.setattr(Entry, "mark", telling_mark)
     url = server.put("m.safetensors", save(tensors))
     store = pylomin.open_store(url)
     assert_holds(store, tensors)
