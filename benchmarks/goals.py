@@ -281,7 +281,7 @@ GOALS = (
     ),
     Goal(
         "remote",
-        "remote at 100 MB/s, first pass: share of the line's speed",
+        "remote, first pass: share of the line's 100 MB/s",
         _of("remote, first pass", "share_of_line"),
         GE,
         0.9,
@@ -289,7 +289,7 @@ GOALS = (
     ),
     Goal(
         "remote",
-        "remote, second pass: share of the speed from a local file",
+        "remote, second pass: share of local speed",
         lambda r: float(r["speed_ratios"]["remote, second pass ÷ local file"]["median"]),
         GE,
         0.95,
