@@ -6,9 +6,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -27,11 +24,14 @@ from pylomin.remote.cache import Cache
 from pylomin.remote.entry import BLOCK_BYTES, HEADER_BYTES, Entry, read_header
 from pylomin.remote.transport import ObjectState
 from pylomin.remote.urls import Url
+from tests.forks import Child
+from tests.store.files import read_bytes
 
 from .servers import Handler, Served
 from .test_http import assert_holds, several_blocks
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+LIMIT_S = 60  # for a child
 
 
 def open_entry(cache: Cache, name: str, blocks: int, tag: str = "1") -> Entry:
@@ -306,33 +306,16 @@ def test_a_lock_that_is_never_given_back(cache, monkeypatch):
         kept.warn()
 
 
-def in_another_process(code: str, url: str, **more: str) -> subprocess.Popen[str]:
-    script = textwrap.dedent(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "URL": url, "OMP_NUM_THREADS": "1"} | more
-    return subprocess.Popen(
-        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def read_all(url: str) -> dict[str, bytes]:
+    store = pylomin.open_store(url)
+    try:
+        return {name: read_bytes(store, name) for name in store}
+    finally:
+        store.close()
 
 
-READ_ALL = """
-    import hashlib, os, pylomin
-    from tests.store.files import read_bytes
-    store = pylomin.open_store(os.environ["URL"])
-    digest = hashlib.sha256()
-    for name in sorted(store):
-        digest.update(read_bytes(store, name))
-    store.close()
-    print(digest.hexdigest())
-"""
-
-
-def digest_of(tensors: dict[str, torch.Tensor]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
+def bytes_of(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 def slow(handler: Handler, served: Served) -> bool:
@@ -346,11 +329,9 @@ def test_processes_fill_one_cache_together(server):
     content = save(tensors)
     url = server.put("m.safetensors", content)
     server.always = slow
-    readers = [in_another_process(READ_ALL, url) for _ in range(3)]
+    readers = [Child(lambda: read_all(url), LIMIT_S) for _ in range(3)]
     for reader in readers:
-        out, err = reader.communicate(timeout=300)
-        assert reader.returncode == 0, err
-        assert out.strip() == digest_of(tensors)
+        assert reader.result() == bytes_of(tensors)
     sent = sum(min(stop, len(content)) - start for start, stop in server.ranges("m.safetensors"))
     assert sent <= len(content) + 3 * BLOCK_BYTES + 2 * (4 << 20)
 
@@ -368,12 +349,12 @@ def test_a_process_is_killed_while_it_fills(server, cache):
 
     server.always = slower
     for requests in (2, 4, 6):
-        reader = in_another_process(READ_ALL, url)
+        reader = Child(lambda: read_all(url), LIMIT_S)
         for _ in range(requests):
             assert served.acquire(timeout=120)
         time.sleep(0.02)
-        reader.send_signal(signal.SIGKILL)
-        reader.communicate()
+        os.kill(reader.pid, signal.SIGKILL)
+        reader.killed()
         while served.acquire(blocking=False):
             pass
         check_marked_blocks(cache, content)
@@ -397,15 +378,13 @@ def check_marked_blocks(cache: Path, content: bytes) -> None:
 def test_what_a_killed_process_was_granted_is_free_again(server, cache):
     content = save(several_blocks())
     url = server.put("m.safetensors", content)
-    reader = in_another_process(
-        """
-        import os, signal, pylomin
-        store = pylomin.open_store(os.environ["URL"])
+    stores = []
+
+    def open_and_die() -> None:
+        stores.append(pylomin.open_store(url))
         os.kill(os.getpid(), signal.SIGKILL)
-        """,
-        url,
-    )
-    reader.communicate(timeout=120)
+
+    Child(open_and_die, LIMIT_S).killed()
     (record,) = cache.glob("*.blocks")
     descriptor = Descriptor(os.open(record, os.O_RDONLY))
     assert read_header(descriptor.fd).granted > 1
