@@ -148,6 +148,15 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *MODE,
         ("largest difference", DIFFERENCE),
     ],
+    "remote": [
+        ("time of a pass", PASS_S),
+        ("over the line", mebibytes("line_bytes")),
+        ("share of the line's speed", median("share_of_line", "{:.0%}", spread=True)),
+        ("share of resident speed", SHARE),
+        *MEMORY,
+        *MODE,
+        ("largest difference", DIFFERENCE),
+    ],
     "big_linear": [
         ("budget", mebibytes("budget_bytes")),
         ("time of a pass", PASS_S),

@@ -279,6 +279,22 @@ GOALS = (
         1,
         "{:.0%}",
     ),
+    Goal(
+        "remote",
+        "remote, first pass: share of the line's 100 MB/s",
+        _of("remote, first pass", "share_of_line"),
+        GE,
+        0.9,
+        "{:.2f}",
+    ),
+    Goal(
+        "remote",
+        "remote, second pass: share of local speed",
+        lambda r: float(r["speed_ratios"]["remote, second pass ÷ local file"]["median"]),
+        GE,
+        0.95,
+        "{:.2f}",
+    ),
     Goal("lora", "LoRA step, 300 MiB budget: × bound", _of("pylomin", "times_bound"), LE, 1.15, "{:.2f}"),
     Goal(
         "lora",

@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "bert_cold": "The same from a cold file in a small container",
             "decode": "Decoding at five budgets, beside transformers, accelerate and llama.cpp",
             "quantized_decode": "Decoding from int8 in a small container, beside float32 and llama.cpp Q8_0",
+            "remote": "First and second pass over weights behind a line of 100 MB/s",
             "export_onnx": "Time and memory that exporting a 2 GB model to ONNX takes",
             "save": "Memory and speed of the writers, on a 2 GB checkpoint",
             "from_pretrained": "Memory that loading, running and saving a transformers checkpoint takes",

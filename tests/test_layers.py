@@ -24,7 +24,7 @@ LAYERS = [
     {"lazy"},
     {"residency"},
     {"store"},
-    {"quantize"},
+    {"quantize", "remote"},
     {"io"},
     {"errors"},
 ]

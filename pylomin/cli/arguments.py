@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pylomin.remote.urls import Url, is_url
 from pylomin.residency.limits import parse_bytes
 
 
@@ -56,6 +58,29 @@ Source = Annotated[
         exists=True,
         metavar="SOURCE",
         help="A weight file (safetensors, .pt, .bin, .gguf, .npz, .npy), an index of shards, or a directory with one.",
+    ),
+]
+
+
+def _checked(source: str) -> str:
+    if not is_url(source) and not os.path.exists(source):
+        raise typer.BadParameter(f"Path '{source}' does not exist.")
+    return source
+
+
+def shown(source: str) -> str:
+    """A source as it may be printed: of a URL, without what may be secret."""
+    return Url.parse(source).shown if is_url(source) else source
+
+
+SourceOrUrl = Annotated[
+    str,
+    typer.Argument(
+        callback=_checked,
+        metavar="SOURCE",
+        help="A weight file (safetensors, .pt, .bin, .gguf, .npz, .npy), an index of shards, a directory with one, or "
+        "the URL of one of these (https://, s3://, hf://).",
+        show_default=False,
     ),
 ]
 Directory = Annotated[

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from pylomin.cli.arguments import Dtype, Overwrite, Scheme, ShardSize, Source, Target, dtype_name
+from pylomin.cli.arguments import Dtype, Overwrite, Scheme, ShardSize, SourceOrUrl, Target, dtype_name
 from pylomin.errors import PassError, PlanError
 
 
 def convert(
-    source: Source,
+    source: SourceOrUrl,
     target: Target,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Convert floating-point weights.", show_default="as stored")

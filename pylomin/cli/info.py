@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pylomin.cli.arguments import Json, Source
+from pylomin.cli.arguments import Json, SourceOrUrl, shown
 from pylomin.cli.output import print_json, print_table
 from pylomin.residency.limits import format_bytes
 
@@ -16,25 +16,24 @@ if TYPE_CHECKING:
     from pylomin.cli.layout import WeightLine
 
 
-def info(source: Source, as_json: Json = False) -> None:
+def info(source: SourceOrUrl, as_json: Json = False) -> None:
     """Show what is in a checkpoint: names, dtypes, shapes, sizes, where each weight lies, what is shared or tied.
 
     Only headers are read. "where" is the file and the offset of the first byte. Weights that share bytes, are not
     contiguous, compressed or quantised say so in the last column.
     """
-    from pylomin.cli.layout import files_of, lines_of, ties_of
+    from pylomin.cli.layout import lines_of, sizes_of, ties_of
     from pylomin.store.open import open_store
 
     store = open_store(source)
     try:
-        lines, ties = lines_of(store), ties_of(store)
-        files = {path: os.path.getsize(path) for path in files_of(store)}
+        lines, ties, files = lines_of(store), ties_of(store), sizes_of(store)
     finally:
         store.close()
     if as_json:
         print_json(
             {
-                "source": os.fspath(source),
+                "source": shown(source),
                 "size_bytes": sum(line.size_bytes for line in lines),
                 "files": [{"path": path, "size_bytes": size} for path, size in files.items()],
                 "ties": ties,

@@ -63,6 +63,14 @@ def files_of(store: WeightStore) -> list[str]:
     return list(dict.fromkeys(path for name in store if os.path.isfile(path := store.describe(name))))
 
 
+def sizes_of(store: WeightStore) -> dict[str, int]:
+    """Bytes of the files that weights are read from, by path or URL, those of a reference left out."""
+    file = store.file if isinstance(store, QuantizedStore) else store
+    assert isinstance(file, ExtentStore)
+    sizes = {one.path: one.size_bytes for one in file.files}
+    return {path: sizes[path] for path in dict.fromkeys(map(store.describe, store)) if path in sizes}
+
+
 def _line(store: WeightStore, name: str, packed: Packed | None) -> WeightLine:
     info = store.info(name)
     line = WeightLine(

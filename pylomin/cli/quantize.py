@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from pylomin.cli.arguments import Json, Overwrite, Scheme, ShardSize, Source, Target
+from pylomin.cli.arguments import Json, Overwrite, Scheme, ShardSize, SourceOrUrl, Target
 from pylomin.cli.output import print_json, print_table
 from pylomin.residency.limits import format_bytes
 
 
 def quantize(
-    source: Source,
+    source: SourceOrUrl,
     target: Target,
     scheme: Annotated[
         Scheme, typer.Option(help="int8 and int4 have a scale for each group, int8-row one for each row.")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import typer
 
-from pylomin.cli.arguments import Json, Source
+from pylomin.cli.arguments import Json, SourceOrUrl, shown
 from pylomin.cli.failures import NOT_OK
 from pylomin.cli.output import note, print_json, print_table
 
 
-def verify(source: Source, as_json: Json = False) -> None:
+def verify(source: SourceOrUrl, as_json: Json = False) -> None:
     """Compare every weight with the digest that its file keeps. Exits 1 if anything differs.
 
     pylomin writes digests (convert, quantize, save_store). Of weights that another library wrote, which have none,
@@ -23,7 +21,7 @@ def verify(source: Source, as_json: Json = False) -> None:
     if as_json:
         print_json(
             {
-                "source": os.fspath(source),
+                "source": shown(source),
                 "ok": report.ok,
                 "checked": list(report.checked),
                 "differences": [

@@ -63,12 +63,15 @@ class WeightFile:
         path: a regular file.
         watched: False for a private file that this process itself writes to; switches the
             comparison off.
+        descriptor: of the file, where it is open already; ``path`` then is what errors call it.
 
     Raises:
         StoreReadError: the file is missing, not readable, or not a regular file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, watched: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, watched: bool = True, descriptor: Descriptor | None = None
+    ) -> None:
         self.path = os.fspath(path)
         self._watched = watched
         self._is_mended: Callable[[Read], bool] | None = None
@@ -76,7 +79,7 @@ class WeightFile:
         # While views of a private file exist, this process may write other weights to the same bytes.
         self._map_refusal = None if watched else "this process writes to it"
         self._direct: DirectAccess | None = None
-        self._descriptor: Descriptor | None = open_weight_file(self.path)
+        self._descriptor: Descriptor | None = open_weight_file(self.path) if descriptor is None else descriptor
         try:
             self._stamp = self._examine(self._descriptor.fd)
         except BaseException:
@@ -228,6 +231,9 @@ class WeightFile:
         """Why :meth:`read_direct` goes through the page cache after all; None where it does not."""
         return self._direct_access(self._opened()).refusal
 
+    def announce(self, extents: Sequence[Extent]) -> None:
+        """Say that all of these are read next, one after the other: for files of which reads take long to begin."""
+
     def prefetch_hint(self, offset_bytes: int, length_bytes: int) -> None:
         """Ask the system to read ahead into its page cache; without effect where it cannot."""
         descriptor = self._descriptor
@@ -346,6 +352,11 @@ class WeightFile:
         ignored = memoryview(bytearray(min(nbytes, _CHECKED_BYTES)))
         whole, rest = divmod(nbytes, len(ignored))
         self._fill(fd, offset_bytes, [ignored] * whole + [ignored[:rest]])
+
+
+def opened(path: str | os.PathLike[str] | WeightFile) -> WeightFile:
+    """The weight file at ``path``, or the one that is given; whoever asks is to close it."""
+    return path if isinstance(path, WeightFile) else WeightFile(path)
 
 
 def _fill_and_drop(fd: int, offset_bytes: int, buffers: Sequence[memoryview]) -> tuple[int, OSError | None]:

@@ -151,7 +151,10 @@ def read_extents(pieces: Iterable[tuple[StoredWeight, ReadRequest]]) -> None:
         extent = Extent(start, start + len(request.destination))
         by_file.setdefault(weight.file, []).append((extent, request))
     for file, wanted in by_file.items():
-        for run in coalesce([extent for extent, _ in wanted]):
+        runs = list(coalesce([extent for extent, _ in wanted]))
+        if len(runs) > 1:
+            file.announce([Extent(run.start, run.stop) for run in runs])
+        for run in runs:
             requests = [wanted[i][1] for i in run.members]
             try:
                 file.read(run.start, run.scatter([request.destination for request in requests]))
@@ -179,6 +182,8 @@ def read_placed(
     Raises:
         StoreReadError: naming the weights and the file.
     """
+    if len(placement.runs) > 1:
+        file.announce([Extent(placed.run.start, placed.run.stop) for placed in placement.runs])
     for placed in placement.runs:
         try:
             read_run(file, placed, buffer, drop_cache=drop_cache)

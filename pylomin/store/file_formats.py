@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import WeightFile
+from pylomin.io.files import WeightFile, opened
 from pylomin.store import npy_header, zip_directory
 from pylomin.store.extents import ExtentStore
 from pylomin.store.gguf import MAGIC as GGUF_MAGIC
@@ -22,26 +22,31 @@ SUPPORTED = "*.safetensors, files of torch.save (*.pt, *.pth, *.bin, *.ckpt), *.
 _BEGINNING_BYTES = 9  # a safetensors header begins behind 8 bytes of length
 
 
-def open_file(path: str) -> ExtentStore:
+def open_file(path: str | WeightFile) -> ExtentStore:
     """Open a weight file of any format. Its name counts only where its first bytes say nothing.
+
+    Args:
+        path: the file; one that is open already is closed with the store, or where none comes of it.
 
     Raises:
         StoreReadError: it is missing or cannot be read.
         StoreFormatError: it is of no supported format, or malformed.
     """
-    return _format_of(path)(path)
-
-
-def _format_of(path: str) -> Callable[[str], ExtentStore]:
-    file = WeightFile(path)
+    file = opened(path)
     try:
-        raw = bytearray(min(_BEGINNING_BYTES, file.size_bytes))
-        file.read(0, [memoryview(raw)])
-        beginning = bytes(raw)
-        if beginning.startswith(zip_directory.SIGNATURE):
-            return _format_of_zip(file)
-    finally:
+        open_as = _format_of(file)
+    except BaseException:
         file.close()
+        raise
+    return open_as(file)
+
+
+def _format_of(file: WeightFile) -> Callable[[WeightFile], ExtentStore]:
+    raw = bytearray(min(_BEGINNING_BYTES, file.size_bytes))
+    file.read(0, [memoryview(raw)])
+    beginning = bytes(raw)
+    if beginning.startswith(zip_directory.SIGNATURE):
+        return _format_of_zip(file)
     if beginning.startswith(npy_header.MAGIC):
         return NpyStore
     if beginning.startswith(GGUF_MAGIC):
@@ -50,15 +55,15 @@ def _format_of(path: str) -> Callable[[str], ExtentStore]:
         return SafetensorsStore
     if beginning.startswith(b"\x80"):  # a pickle
         return TorchLegacyStore
-    if fnmatchcase(os.path.basename(path), "*.safetensors"):
+    if fnmatchcase(os.path.basename(file.path), "*.safetensors"):
         return SafetensorsStore
     raise StoreFormatError(
-        f"{path!r} is not of a supported format: it begins with {beginning[:8]!r}. Supported: {SUPPORTED}. It may be "
-        "truncated, a link to the real file (git lfs), or an error page: download it again."
+        f"{file.path!r} is not of a supported format: it begins with {beginning[:8]!r}. Supported: {SUPPORTED}. It may "
+        "be truncated, a link to the real file (git lfs), or an error page: download it again."
     )
 
 
-def _format_of_zip(file: WeightFile) -> Callable[[str], ExtentStore]:
+def _format_of_zip(file: WeightFile) -> Callable[[WeightFile], ExtentStore]:
     names = zip_directory.read_zip_directory(file).entries
     if any(name.endswith(PICKLE) for name in names):
         return TorchZipStore

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import Extent, WeightFile
+from pylomin.io.files import Extent, WeightFile, opened
 from pylomin.store.base import WeightInfo
 from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.dtypes import nbytes_of
@@ -73,15 +73,15 @@ class GGUFStore(ExtentStore):
     are torch's: the last dimension is the one whose elements follow each other.
 
     Args:
-        path: the file.
+        path: the file; one that is open already is closed with this store.
 
     Raises:
         StoreReadError: the file is missing or cannot be read.
         StoreFormatError: it is no valid GGUF file of version 2 or 3, or has a weight of another type.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = WeightFile(path)
+    def __init__(self, path: str | os.PathLike[str] | WeightFile) -> None:
+        file = opened(path)
         try:
             cursor = Cursor(file, 0, _MAX_HEADER_BYTES, "the GGUF header")
             listed, alignment = _read_header(cursor)

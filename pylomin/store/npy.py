@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from pylomin.errors import StoreFormatError, StoreReadError
-from pylomin.io.files import Extent, WeightFile
+from pylomin.io.files import Extent, WeightFile, opened
 from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.extents import EncodedWeight, ExtentStore, StoredWeight
 from pylomin.store.inside import path_inside
@@ -21,29 +21,28 @@ class NpyStore(ExtentStore):
 
     Args:
         path: a file, or a directory whose ``.npy`` files are taken (not those of directories below it). Each file of a
-            directory stays open.
+            directory stays open. A file that is open already is closed with this store.
 
     Raises:
         StoreReadError: a file is missing or cannot be read.
         StoreFormatError: a file is no valid array of numbers, or is a link that leaves the directory.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str] | WeightFile) -> None:
         weights: dict[str, StoredWeight | EncodedWeight] = {}
         files: list[WeightFile] = []
         try:
-            for array_path in _array_paths(path):
-                file = WeightFile(array_path)
+            for array in [path] if isinstance(path, WeightFile) else _array_paths(os.fspath(path)):
+                file = opened(array)
                 files.append(file)
                 cursor = Cursor(file, 0, file.size_bytes, "the header")
-                weights[os.path.basename(array_path).removesuffix(_SUFFIX)] = weight_at(cursor, f"{array_path!r}")
+                weights[os.path.basename(file.path).removesuffix(_SUFFIX)] = weight_at(cursor, f"{file.path!r}")
                 watch_extents(file, [Extent(0, cursor.position)])
         except BaseException:
             for file in files:
                 file.close()
             raise
-        super().__init__(path, weights, files)
+        super().__init__(path.path if isinstance(path, WeightFile) else os.fspath(path), weights, files)
 
 
 def weight_at(cursor: Cursor, where: str) -> StoredWeight | EncodedWeight:

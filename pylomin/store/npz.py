@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import WeightFile
+from pylomin.io.files import WeightFile, opened
 from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.deflated import DeflatedWeight, Inflater
 from pylomin.store.extents import EncodedWeight, ExtentStore, StoredWeight
@@ -21,15 +21,15 @@ class NpzStore(ExtentStore):
     (``numpy.savez_compressed``; all before a row is decompressed with it).
 
     Args:
-        path: the file.
+        path: the file; one that is open already is closed with this store.
 
     Raises:
         StoreReadError: the file is missing or cannot be read.
         StoreFormatError: it is no valid .npz file, or has what is no array of numbers.
     """  # noqa: D205
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = WeightFile(path)
+    def __init__(self, path: str | os.PathLike[str] | WeightFile) -> None:
+        file = opened(path)
         try:
             directory = read_zip_directory(file)
             weights = {

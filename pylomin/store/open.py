@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
 
 import torch
 
-from pylomin.errors import StoreFormatError, StoreReadError
+from pylomin.errors import PassError, StoreFormatError, StoreReadError
+from pylomin.remote.urls import is_url
 from pylomin.store.accelerate_folder import AccelerateFolderStore, is_index
 from pylomin.store.base import WeightStore
 from pylomin.store.callable import CallableStore, WeightsFunction
@@ -18,6 +19,7 @@ from pylomin.store.memory import MemoryStore
 from pylomin.store.npy import NpyStore
 from pylomin.store.numpy_arrays import MemmapStore, are_mapped, as_tensor, is_array
 from pylomin.store.quantized import open_packed
+from pylomin.store.remote import open_remote
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.sharded import WEIGHT_MAP, ShardedStore, read_index
 
@@ -43,7 +45,14 @@ _IN_DIRECTORY = (
 )
 
 
-def open_store(source: Source, *, weights_mapping_key: str | None = None) -> WeightStore:
+def open_store(
+    source: Source,
+    *,
+    weights_mapping_key: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_size: int | str | None = None,
+) -> WeightStore:
     """Open the weights at ``source`` without reading any.
 
     Args:
@@ -54,20 +63,44 @@ def open_store(source: Source, *, weights_mapping_key: str | None = None) -> Wei
             * an index of shards (``model.safetensors.index.json``, ``pytorch_model.bin.index.json``), or the
               ``index.json`` of an accelerate offload folder;
             * a directory with exactly one of these, or with ``.npy`` files;
+            * a URL of a file or an index, ``https://...``, ``s3://...`` or ``hf://...``, or of a directory of the
+              latter two. Only what is used is fetched, once; it is kept in a cache;
             * a mapping of names to tensors or numpy arrays;
             * a function ``(module_name, weight_names) -> {name: tensor}``
               (:class:`~pylomin.store.callable.CallableStore`), for :func:`pylomin.load`;
             * a store, which is returned as it is.
         weights_mapping_key: of an index of shards: where in it the names of the shards are. Default: ``"weight_map"``.
+        storage_options: of a URL: for the file system of fsspec, such as ``{"anon": True}`` for public files on S3,
+            ``{"headers": {...}}`` for HTTP, ``{"token": ...}`` for the Hugging Face hub.
+        cache_dir: of a URL: where to keep what was fetched, on a local disk. Default: the environment variable
+            ``PYLOMIN_CACHE_DIR``, or ``~/.cache/pylomin``.
+        cache_size: of a URL: most bytes to keep there (int, or a string such as ``"50GB"``); what was used longest ago
+            makes room. Default: the environment variable ``PYLOMIN_CACHE_SIZE``, or half of what the disk has free.
 
     Raises:
-        StoreReadError: a file is missing or cannot be read.
+        StoreReadError: a file is missing or cannot be read; of a URL: the server cannot be reached, refuses, or sends
+            no parts of files.
+        StoreChangedError: a remote file changed while it was opened.
+        MissingPackageError: a URL was given, and the extra ``remote`` is not installed.
+        PassError: an argument for URLs was given with something else.
         StoreFormatError: ``source`` is of no supported format, ambiguous or malformed.
 
     >>> store = open_store({"bias": torch.zeros(3)})
     >>> store.info("bias").shape
     (3,)
     """
+    if is_url(source):
+        store: WeightStore = open_remote(
+            str(source),
+            choose=_choose,
+            weights_mapping_key=weights_mapping_key,
+            storage_options=storage_options,
+            cache_dir=cache_dir,
+            cache_size=cache_size,
+        )
+        return open_packed(store) if isinstance(store, (SafetensorsStore, ShardedStore)) else store
+    if any(argument is not None for argument in (storage_options, cache_dir, cache_size)):
+        raise PassError("storage_options, cache_dir and cache_size are for URLs, such as 's3://bucket/weights'.")
     if _is_store(source):
         return source
     if isinstance(source, Mapping):
@@ -109,21 +142,33 @@ def _find_in_directory(directory: str) -> str | None:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise StoreReadError(f"cannot list directory {directory!r}: {error.strerror}.") from error
+    if _matching(names) is None and any(name.endswith(".npy") for name in names):
+        return None
+    return os.path.join(directory, _choose(names, f"directory {directory!r}"))
+
+
+def _choose(names: Sequence[str], directory: str) -> str:
+    """The name of the file to open."""
+    match _matching(sorted(names)):
+        case _, [name]:
+            return name
+        case pattern, [*found]:
+            raise StoreFormatError(
+                f"{directory} has {len(found)} {pattern} files: {_enumerate(found)}. Give the path of the one to open."
+            )
+    raise StoreFormatError(
+        f"{directory} has no weights in a supported format; found: {_enumerate(sorted(names)) or 'nothing'}. "
+        f"{_supported()}"
+    )
+
+
+def _matching(names: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The first pattern that names match, and those that do."""
     for pattern in _IN_DIRECTORY:
         found = [name for name in names if fnmatchcase(name, pattern)]
-        if len(found) == 1:
-            return os.path.join(directory, found[0])
         if found:
-            raise StoreFormatError(
-                f"directory {directory!r} has {len(found)} {pattern} files: "
-                f"{_enumerate(found)}. Give the path of the one to open."
-            )
-    if any(name.endswith(".npy") for name in names):
-        return None
-    raise StoreFormatError(
-        f"directory {directory!r} has no weights in a supported format; found: "
-        f"{_enumerate(names) or 'nothing'}. {_supported()}"
-    )
+            return pattern, found
+    return None
 
 
 def _is_store(source: object) -> TypeGuard[WeightStore]:
@@ -141,6 +186,6 @@ def _supported() -> str:
     )
 
 
-def _enumerate(names: list[str]) -> str:
+def _enumerate(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
     return ", ".join(map(repr, names[:_MAX_NAMES_SHOWN])) + more

@@ -11,6 +11,7 @@ import torch
 from pylomin.errors import CheckpointError, StoreFormatError, StoreReadError
 from pylomin.quantize.lossless import BLOCK_BYTES, restore
 from pylomin.quantize.packing import CHUNK_BYTES, FULL, Packing
+from pylomin.remote.urls import is_url
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.digests import DIGESTS_KEY, new_digest, parse_digests
 from pylomin.store.dtypes import nbytes_of
@@ -302,6 +303,11 @@ class QuantizedStore:
     def _open_reference(self, reference: ReferenceTo, level: int) -> SafetensorsStore | QuantizedStore:
         if level > MAX_CHAIN:
             raise CheckpointError(f"{self.path!r} is a difference to a difference, {level} deep; {MAX_CHAIN} may be.")
+        if is_url(self.path):
+            raise CheckpointError(
+                f"{self.path!r} holds differences to {reference.path!r}, which are not read over a network. "
+                "Download both."
+            )
         path = os.path.normpath(os.path.join(os.path.dirname(self.path), reference.path))
         try:
             store = open_packed(SafetensorsStore(path), is_checked=self._is_checked, level=level)

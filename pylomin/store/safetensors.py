@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 
-from pylomin.io.files import Read, WeightFile
+from pylomin.io.files import Read, WeightFile, opened
 from pylomin.store.extents import ExtentStore, StoredWeight
 from pylomin.store.header import PREFIX_BYTES, Header, parse_header, parse_header_length
 
@@ -15,7 +15,7 @@ class SafetensorsStore(ExtentStore):
     """The weights of one ``.safetensors`` file, read from where they lie; the header is read once.
 
     Args:
-        path: the file. It is neither written to nor locked; see
+        path: the file; one that is open already is closed with this store. It is neither written to nor locked; see
             :class:`~pylomin.io.files.WeightFile` for what happens when it changes.
 
     Raises:
@@ -23,8 +23,8 @@ class SafetensorsStore(ExtentStore):
         StoreFormatError: it is no valid safetensors file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = WeightFile(path)
+    def __init__(self, path: str | os.PathLike[str] | WeightFile) -> None:
+        file = opened(path)
         try:
             header = _read_header(file)
         except BaseException:

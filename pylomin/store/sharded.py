@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pylomin.errors import StoreFormatError, StoreReadError
-from pylomin.io.files import WeightFile
+from pylomin.io.files import WeightFile, opened
+from pylomin.remote.urls import check_inside
 from pylomin.store.extents import EncodedWeight, ExtentStore, StoredWeight
 from pylomin.store.file_formats import open_file
 from pylomin.store.inside import path_inside
@@ -15,6 +17,7 @@ from pylomin.store.strict_json import parse_object, shorten
 
 _MAX_INDEX_BYTES = 100_000_000  # as for a header
 _MAX_NAMES_SHOWN = 50
+_OPENED_AT_ONCE = 8  # shards on other machines
 WEIGHT_MAP = "weight_map"  # the key that transformers and diffusers use
 
 
@@ -29,6 +32,8 @@ class ShardedStore(ExtentStore):
         index_path: ``{"metadata": {...}, "weight_map": {weight name: shard file name}}``.
         weights_mapping_key: what stands in the place of ``"weight_map"``.
         directory: where the shards are. Default: where the index is.
+        open_shard: opens a shard by the name that the index has for it, if they are on another machine. Then
+            ``index_path`` is the open index; it is closed.
 
     Raises:
         StoreReadError: the index or a shard is missing or cannot be read.
@@ -38,20 +43,26 @@ class ShardedStore(ExtentStore):
 
     def __init__(
         self,
-        index_path: str | os.PathLike[str],
+        index_path: str | os.PathLike[str] | WeightFile,
         *,
         weights_mapping_key: str = WEIGHT_MAP,
         directory: str | os.PathLike[str] | None = None,
+        open_shard: Callable[[str], WeightFile] | None = None,
     ) -> None:
-        path = os.fspath(index_path)
-        index = read_index(path)
+        path = index_path.path if isinstance(index_path, WeightFile) else os.fspath(index_path)
+        index = read_index(index_path)
         weight_map = _parse_weight_map(index, weights_mapping_key, path)
         self._metadata = _strings(index.get("metadata"))
-        paths = _shard_paths(weight_map, path, os.path.dirname(path) if directory is None else os.fspath(directory))
         shards: dict[str, ExtentStore] = {}
         try:
-            for shard_path in dict.fromkeys(paths.values()):
-                shards[shard_path] = open_file(shard_path)
+            if open_shard is None:
+                folder = os.path.dirname(path) if directory is None else os.fspath(directory)
+                paths = _shard_paths(weight_map, path, folder)
+                for shard_path in dict.fromkeys(paths.values()):
+                    shards[shard_path] = open_file(shard_path)
+            else:
+                paths = {file: file for file in dict.fromkeys(weight_map.values())}
+                _open_remote_shards(paths, path, open_shard, shards)
             weights = _select(weight_map, paths, shards, path)
         except BaseException:
             for shard in shards.values():
@@ -66,20 +77,20 @@ class ShardedStore(ExtentStore):
         return self._metadata
 
 
-def read_index(path: str) -> dict[str, Any]:
-    """The JSON object in an index file. Raises StoreReadError or StoreFormatError."""
-    file = WeightFile(path)
+def read_index(path: str | os.PathLike[str] | WeightFile) -> dict[str, Any]:
+    """The JSON object in an index file, which is closed. Raises StoreReadError or StoreFormatError."""
+    file = opened(path)
     try:
         if file.size_bytes > _MAX_INDEX_BYTES:
             raise StoreFormatError(
-                f"shard index {path!r} has {file.size_bytes} bytes; expected at most "
+                f"shard index {file.path!r} has {file.size_bytes} bytes; expected at most "
                 f"{_MAX_INDEX_BYTES}. It is not a shard index."
             )
         raw = bytearray(file.size_bytes)
         file.read(0, [memoryview(raw)])
     finally:
         file.close()
-    return parse_object(raw, f"shard index {path!r}")
+    return parse_object(raw, f"shard index {file.path!r}")
 
 
 def _parse_weight_map(index: Mapping[str, Any], key: str, path: str) -> dict[str, str]:
@@ -120,6 +131,21 @@ def _shard_paths(weight_map: Mapping[str, str], index_path: str, directory: str)
             f"exist: {_enumerate(missing)}. Download them again."
         )
     return paths
+
+
+def _open_remote_shards(
+    names: Iterable[str], index_path: str, open_shard: Callable[[str], WeightFile], shards: dict[str, ExtentStore]
+) -> None:
+    """Open shards several at a time, for each takes the time of some questions to a server."""
+    for name in names:
+        check_inside(name, f"shard index {index_path!r}")
+    with ThreadPoolExecutor(_OPENED_AT_ONCE, "pylomin-open") as pool:
+        opening = {name: pool.submit(lambda name=name: open_file(open_shard(name))) for name in names}  # type: ignore[misc]
+    for name, future in opening.items():
+        if future.exception() is None:
+            shards[name] = future.result()  # for the caller to close, if another one failed
+    for future in opening.values():
+        future.result()
 
 
 def _select(

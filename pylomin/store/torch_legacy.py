@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import Extent, WeightFile
+from pylomin.io.files import Extent, WeightFile, opened
 from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.extents import ExtentStore
 from pylomin.store.inert_pickle import read_pickle
@@ -29,7 +29,7 @@ class TorchLegacyStore(ExtentStore):
     """As :class:`~pylomin.store.torch_zip.TorchZipStore`, for files that are no zip files.
 
     Args:
-        path: the file.
+        path: the file; one that is open already is closed with this store.
         state_dict_key: which mapping of the checkpoint holds the weights. Default: see
             :func:`~pylomin.store.torch_checkpoint.select_weights`.
 
@@ -38,8 +38,8 @@ class TorchLegacyStore(ExtentStore):
         StoreFormatError: it is no valid file of torch.save, or asks to run code.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, state_dict_key: str | None = None) -> None:
-        file = WeightFile(path)
+    def __init__(self, path: str | os.PathLike[str] | WeightFile, *, state_dict_key: str | None = None) -> None:
+        file = opened(path)
         try:
             cursor = Cursor(file, 0, _MAX_PICKLE_BYTES, "a pickle")
             objects = TorchObjects(file.path)

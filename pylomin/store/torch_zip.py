@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from pylomin.errors import StoreFormatError
-from pylomin.io.files import Extent, WeightFile
+from pylomin.io.files import Extent, WeightFile, opened
 from pylomin.store.cursor import Cursor, watch_extents
 from pylomin.store.extents import ExtentStore
 from pylomin.store.inert_pickle import read_pickle
@@ -28,7 +28,7 @@ class TorchZipStore(ExtentStore):
     and transposed weights are read element by element where they must be.
 
     Args:
-        path: the file.
+        path: the file; one that is open already is closed with this store.
         state_dict_key: which mapping of the checkpoint holds the weights. Default: see
             :func:`~pylomin.store.torch_checkpoint.select_weights`.
 
@@ -37,8 +37,8 @@ class TorchZipStore(ExtentStore):
         StoreFormatError: it is no valid file of torch.save, or asks to run code.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, state_dict_key: str | None = None) -> None:
-        file = WeightFile(path)
+    def __init__(self, path: str | os.PathLike[str] | WeightFile, *, state_dict_key: str | None = None) -> None:
+        file = opened(path)
         try:
             directory = read_zip_directory(file)
             folder, pickle = _find_pickle(directory, file.path)

@@ -93,6 +93,7 @@ def test_goals_say_what_was_reached_and_what_failed(tmp_path: Path) -> None:
 
 def test_goals_read_every_kind_of_result() -> None:
     variants = [{**ROW, "variant": name} for name in ("lazy", TILED, "fit, 300MiB", "pylomin")]
+    variants.append({**ROW, "share_of_line": SPREAD, "variant": "remote, first pass"})
     more = {
         "times_needed": SPREAD,
         "time_of_predicted": SPREAD,
@@ -128,6 +129,7 @@ def test_goals_read_every_kind_of_result() -> None:
         "save": [{"added_bytes": 1}],
         "from_pretrained": [{"allowed_bytes": 1, **{f"{step}_added_bytes": 1 for step in OUR_STEPS}}],
     }
+    everything["speed_ratios"]["remote, second pass ÷ local file"] = SPREAD
     everything["settings"] |= {"limit_bytes": 1, "allowed_bytes": 1}
     found = dict.fromkeys({goal.benchmark for goal in GOALS}, everything)
     rows = goal_rows(found | {name: {**everything, "rows": rows} for name, rows in of_one_row.items()})

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import pylomin
+from tests.forks import CHILD_S, in_child
 
 from .common import (
     Stack,
@@ -34,32 +32,6 @@ from .common import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-CHILD_S = 8  # then the system kills it
-
-
-def in_child(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns in a forked process, or its traceback as an AssertionError."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(CHILD_S)
-        try:
-            try:
-                outcome = (True, function())
-            except BaseException:
-                outcome = (False, traceback.format_exc())
-            with os.fdopen(writing, "wb") as pipe:
-                pickle.dump(outcome, pipe)
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        raw = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    assert not os.WIFSIGNALED(status), f"the child was killed by signal {os.WTERMSIG(status)}: it hung, or crashed"
-    succeeded, value = pickle.loads(raw)
-    assert succeeded, value
-    return value
 
 
 def scratch_files(scratch: Path) -> list[str]:

@@ -69,9 +69,9 @@ def test_each_shard_is_opened_once(tmp_path, monkeypatch):
     opened = []
     init = SafetensorsStore.__init__
 
-    def recording(self, path):
-        opened.append(Path(path).name)
-        init(self, path)
+    def recording(self, file):
+        opened.append(Path(file.path).name)
+        init(self, file)
 
     monkeypatch.setattr(SafetensorsStore, "__init__", recording)
     weight_map = {

@@ -1,0 +1,1 @@
+"""Files on other machines: read by ranges, kept in a cache on this one."""
