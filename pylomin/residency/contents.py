@@ -100,6 +100,15 @@ class Contents:
         return self.pool.limit_bytes
 
     @property
+    def prefetcher(self) -> Prefetcher | None:
+        """What reads in the background."""
+        return self._prefetcher
+
+    @property
+    def is_recording(self) -> bool:
+        return self._recording is not None
+
+    @property
     def depth(self) -> int:
         """Large groups that are read ahead where there is no plan."""
         return self._prefetcher.depth if self._prefetcher is not None else 0
