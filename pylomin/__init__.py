@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pylomin.errors import (
     BudgetError,
     CheckpointError,
+    DeviceMemoryError,
     ExportError,
     MissingPackageError,
     OffloadedWriteError,
@@ -110,6 +111,7 @@ __all__ = [
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
+    "DeviceMemoryError",
     "ExportError",
     "MissingPackageError",
     "Mode",

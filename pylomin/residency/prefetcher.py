@@ -201,7 +201,9 @@ class RunAhead:
             self._done.release()
 
     def values(self) -> torch.Tensor | None:
-        """The elements, waited for; None in a forked child, where nobody reads. Called once.
+        """The elements, waited for; None where they have to be read again. Called once.
+
+        So it is in a forked child, where nobody reads, and where the device had no memory left.
 
         Raises what the read raised.
         """
@@ -210,6 +212,8 @@ class RunAhead:
             if os.getpid() != self._pid:
                 return None
         self._residency.waited(time.perf_counter() - started)
+        if isinstance(self._error, torch.cuda.OutOfMemoryError):  # of what converting takes; to be tried again
+            return None
         if self._error is not None:
             raise self._error
         self._room.use()

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +19,8 @@ from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.contents import Loaded
 from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
-from pylomin.residency.prefetcher import Prefetcher
+from pylomin.residency.prefetcher import Prefetcher, RunAhead
+from pylomin.residency.readers import Readers
 from pylomin.residency.recording import Measured, Recording
 from pylomin.residency.run_reads import RunReads
 from pylomin.residency.stats import Stats
@@ -27,11 +28,12 @@ from pylomin.residency.tiling import tile_rows
 from pylomin.residency.trace import Key
 from pylomin.residency.turns import Group
 from pylomin.residency.waiting import Waiter
-from pylomin.residency.weight import State, Weight, used_from
+from pylomin.residency.weight import State, Weight, dense_layout, used_from
 from pylomin.residency.writes import Writes
 from pylomin.store.scratch import ScratchDirectory
 
 RESIDENT = State.RESIDENT  # looked up in every forward
+COMPUTING_SHARE = 4  # of what weights have, so much is left to computing when it found too little
 
 
 class Residency(RunReads, Writes):
@@ -44,22 +46,11 @@ class Residency(RunReads, Writes):
     def __init__(self, memory_budget: int | None = None) -> None:
         super().__init__(memory_budget)
         self.scratch: ScratchDirectory | None = None
-        self.choices: dict[str, str] = {}  # what `fit` chose, and why
         self._hold_class: type[Hold] = Hold
         self._plan(())
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
-
-    def set_budget(self, memory_budget: int | None) -> None:
-        """Takes effect now: what is idle and no longer fits leaves."""
-        with self.lock:
-            while memory_budget is None or self.pool.in_use_bytes() > memory_budget:
-                if not self._evict_one():
-                    break
-            self.pool.set_limit(memory_budget)
-            self._choose_reading()
-            self._plan(self.retention.order)
 
     def _stream_to(self, device: torch.device) -> None:
         super()._stream_to(device)
@@ -71,6 +62,11 @@ class Residency(RunReads, Writes):
             self._requested_mode = mode
             self._choose_reading()
             self._plan(self.retention.order)
+
+    def set_readers(self, count: int) -> None:
+        """Let so many threads read the weights that go to a device."""
+        with self.lock:
+            self.readers = Readers(count)
 
     def set_depth(self, depth: int | None) -> None:
         """Read this many large groups ahead; None: as many as the plan's window holds, 0: none."""
@@ -132,6 +128,7 @@ class Residency(RunReads, Writes):
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
         clone.scratch = self.scratch
+        clone.readers = Readers(self.readers.count)
         clone.set_depth(self._prefetcher.fixed_depth if self._prefetcher is not None else 0)
         return clone
 
@@ -196,7 +193,7 @@ class Residency(RunReads, Writes):
             missed = True
             started = time.perf_counter()
             try:
-                tensors = claim.load()
+                tensors = claim.load(urgent=True)
             except torch.cuda.OutOfMemoryError as error:
                 is_full = self._device_was_full(hold, claim.places, error, again=is_full)
                 continue
@@ -245,6 +242,13 @@ class Residency(RunReads, Writes):
         hold.weights = whole if changed else hold.weights
         return changed
 
+    def make_room_for_computing(self) -> None:
+        """A computation on a device found no memory: what is idle leaves, of other models, too."""
+        self.lower_budget(self.leave_device(), share=COMPUTING_SHARE)
+        for other in list(_all):
+            if other is not self and not other.carriers.keys().isdisjoint(self.carriers):
+                other.leave_device()
+
     def load_private(self, weight: Weight) -> torch.Tensor:
         """All values, in a tensor that nobody else sees."""
         with self.hold([weight]), torch.inference_mode(False), torch.no_grad():
@@ -257,6 +261,31 @@ class Residency(RunReads, Writes):
             with self.hold(weight.parts):
                 return self._load_runs(weight, runs)
         return self._load_runs(weight, runs)
+
+    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
+
+        Where prefetching is on and there is room, the next run is read while this one is used.
+        """
+        ahead: RunAhead | None = None
+        for i, run in enumerate(runs):
+            values = ahead.values() if ahead is not None else None
+            if values is None:
+                values = self.load_runs(weight, [run])
+            ahead = None
+            if i + 1 < len(runs):
+                with self.lock:
+                    if self._prefetcher is not None:
+                        ahead = self._prefetcher.read_run(self, weight, runs[i + 1])
+            yield values
+            del values
+
+    def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
+        """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
+        layout = dense_layout(values)
+        with self.lock:
+            source = self._overlay.keep(weight, values, layout)
+        return Weight(weight.name, source, self, () if source.layout == layout else (layout,))
 
     # -- under the lock ---------------------------------------------------------------------------------------------
 
@@ -351,6 +380,7 @@ class Residency(RunReads, Writes):
         self._waiters, self._waiting, self.turns = [], {}, None
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self._prefetcher.fixed_depth) if self._prefetcher is not None else None
+        self.readers = Readers(self.readers.count)
         # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
         self.pool = BufferPool(self.memory_budget)
         with self.lock:

@@ -10,7 +10,7 @@ import torch
 from pylomin.errors import BudgetError
 from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
-from pylomin.residency.device_errors import device_is_full
+from pylomin.residency.device_errors import SPARE_SHARE, device_is_full
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import ResidentParameter, State, Weight
@@ -27,6 +27,17 @@ class Rooms(Contents):
         # Threads that wait for memory, and whether they still need to.
         self._waiting: dict[int, Callable[[], bool]] = {}
         self._waiters: list[Waiter] = []
+        self.choices: dict[str, str] = {}  # what was chosen, and why
+
+    def set_budget(self, memory_budget: int | None) -> None:
+        """Takes effect now: what is idle and no longer fits leaves."""
+        with self.lock:
+            while memory_budget is None or self.pool.in_use_bytes() > memory_budget:
+                if not self._evict_one():
+                    break
+            self.pool.set_limit(memory_budget)
+            self._choose_reading()
+            self._plan(self.retention.order)
 
     def _find_room(
         self,
@@ -37,23 +48,24 @@ class Rooms(Contents):
         waiter: Waiter | None,
     ) -> loading.Room | None:
         """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
-        is_full = False
+        is_full, used_bytes = False, 0  # by weights, when the device was full
         while True:
             room = self.reserve_in_window(weights, places) or loading.try_reserve(
-                self.pool, places, drop_cache=self.reading.drop_cache
+                self.pool, places, drop_cache=self.reading.drop_cache, readers=self.readers
             )
             if room is not None:
                 self._waiting.pop(thread_id, None)
+                self.lower_budget(used_bytes, share=SPARE_SHARE)
                 return room
             if self.pool.refusal is not None:
-                self._make_room_on_device(weights, places, self.pool.refusal, again=is_full)
+                used_bytes = self._make_room_on_device(weights, places, self.pool.refusal, again=is_full)
                 is_full = True
                 continue
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
         exact = loading.Places(places.pieces, "buffered")
-        room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped")
+        room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped", readers=self.readers)
         if room is not None:
             self._waiting.pop(thread_id, None)
             return room
@@ -67,13 +79,37 @@ class Rooms(Contents):
 
     def _make_room_on_device(
         self, weights: Sequence[Weight], places: loading.Places, error: BaseException, *, again: bool
-    ) -> None:
-        """Under the lock: whatever is not in use leaves. Raises BudgetError where that was not enough the last time."""
+    ) -> int:
+        """Under the lock; see :meth:`leave_device`. Raises DeviceMemoryError where that was not enough before."""
         if again:
             raise device_is_full(weights, places, self.pool.in_use_bytes(), self.memory_budget) from error
-        while self._evict_one():
-            pass
-        self.pool.trim()
+        return self.leave_device()
+
+    def leave_device(self) -> int:
+        """Whatever is not in use leaves, for a device has no memory left.
+
+        Returns the bytes that weights had; 0 where that did not change.
+        """
+        with self.lock:
+            used_bytes = self.pool.in_use_bytes()
+            while self._evict_one():
+                pass
+            self.pool.trim()
+            return used_bytes if self.pool.in_use_bytes() < used_bytes else 0
+
+    def lower_budget(self, used_bytes: int, *, share: int) -> None:
+        """With ``used_bytes`` (> 0) of weights a device was full: one part of so many is not for weights from now on.
+
+        Or the next pass would come to the same point with the same weights in memory. What is in use stays so, and what
+        is loaded whole now still is.
+        """
+        with self.lock:
+            budget = self.memory_budget
+            least_bytes = max(self.least_bytes, 2 * self._largest_bytes, self.pool.in_use_bytes())
+            lower = max(least_bytes, used_bytes - used_bytes // share)
+            if used_bytes and budget is not None and lower < budget:
+                self.choices["budget"] = f"lowered from {format_bytes(budget)}, for the device had no memory left"
+                self.set_budget(lower)
 
     def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)

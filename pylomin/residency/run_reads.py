@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from pylomin.residency import loading
 from pylomin.residency.device_errors import capture_error
-from pylomin.residency.prefetcher import RunAhead
 from pylomin.residency.rooms import Rooms
 from pylomin.residency.turns import Group, Run, Turns
 from pylomin.residency.waiting import Waiter
@@ -53,7 +52,7 @@ class RunReads(Rooms):
             room = self._room_for_runs(weight, runs)
             started = time.perf_counter()
             try:
-                values = room.load()[0]
+                values = room.load(urgent=True)[0]
             except torch.cuda.OutOfMemoryError as error:
                 with self.lock:
                     self._make_room_on_device([weight], room.places, error, again=is_full)
@@ -78,24 +77,6 @@ class RunReads(Rooms):
                     return room
                 waiter.enlist(self._waiters)
             waiter.wait()
-
-    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
-
-        Where prefetching is on and there is room, the next run is read while this one is used.
-        """
-        ahead: RunAhead | None = None
-        for i, run in enumerate(runs):
-            values = ahead.values() if ahead is not None else None
-            if values is None:
-                values = self.load_runs(weight, [run])
-            ahead = None
-            if i + 1 < len(runs):
-                with self.lock:
-                    if self._prefetcher is not None:
-                        ahead = self._prefetcher.read_run(self, weight, runs[i + 1])
-            yield values
-            del values
 
     def run_was_read(self, places: loading.Places, read_s: float) -> None:
         with self.lock:

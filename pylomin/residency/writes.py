@@ -8,7 +8,7 @@ from pylomin.errors import ScratchError, without_frames
 from pylomin.residency.overlay import Overlay
 from pylomin.residency.rooms import Rooms
 from pylomin.residency.waiting import Waiter
-from pylomin.residency.weight import State, Weight, dense_layout
+from pylomin.residency.weight import State, Weight
 
 
 class Writes(Rooms):
@@ -28,13 +28,6 @@ class Writes(Rooms):
                     return
                 waiter.enlist(self._waiters)
             waiter.wait()
-
-    def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
-        """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
-        layout = dense_layout(values)
-        with self.lock:
-            source = self._overlay.keep(weight, values, layout)
-        return Weight(weight.name, source, self, () if source.layout == layout else (layout,))
 
     def _keep_writes(self, weight: Weight, tensor: torch.Tensor) -> ScratchError | None:
         """A forward that wrote to its resident weight wrote to the weight; or did not, and here is why."""
