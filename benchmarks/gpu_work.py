@@ -126,7 +126,9 @@ def pylomin_store(weights: Path) -> Iterator[Callable[[str], torch.Tensor]]:
 
 def decoder(task: Task, config: LlamaConfig, weights: Path) -> nn.Module:
     """The model, run as the task says."""
-    budget = None if task.budget_share is None else int(task.budget_share * size_of(config)) + (16 << 20)
+    nbytes = size_of(config)
+    spare_bytes = min(16 << 20, nbytes // 8)  # for the window
+    budget = None if task.budget_share is None else int(task.budget_share * nbytes) + spare_bytes
 
     device = gpu_device.gpu.device
 

@@ -101,10 +101,11 @@ def tensor_on(of: Bytes, device: torch.device) -> torch.Tensor:
     the same, but torch reads it with numpy, which need not be there.
     """
     with torch.inference_mode(False):
+        made = torch.empty(0, dtype=torch.uint8, device=device)
         address = of.base.data_ptr() + of.offset_bytes
-        storage = torch._C._construct_storage_from_data_pointer(address, device, of.nbytes)
+        storage = torch._C._construct_storage_from_data_pointer(address, made.device, of.nbytes)
         weakref.finalize(storage, _forget, of).atexit = False
-        made: torch.Tensor = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (of.nbytes,), (1,))
+        made.set_(storage, 0, (of.nbytes,), (1,))  # type: ignore[call-overload]
     return made
 
 

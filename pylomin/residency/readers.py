@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -63,8 +64,9 @@ class Readers:
             for _ in range(self.count - 1)
         ]
         weakref.finalize(self, _end, self._queue, threads, os.getpid())
-        for thread in threads:
-            thread.start()
+        with contextlib.suppress(RuntimeError):  # the system has no more threads: fewer help
+            for thread in threads:
+                thread.start()
 
 
 class _Reading:

@@ -18,6 +18,7 @@ from pylomin.io.buffers import BufferPool
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
 from pylomin.residency.contents import Loaded
+from pylomin.residency.device_errors import SPARE_SHARE
 from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
 from pylomin.residency.readers import Readers
@@ -211,7 +212,8 @@ class Residency(RunReads, Writes):
         with self.lock:
             claimed, hold.claimed = hold.claimed, []
             self.load_failed(claimed)
-            self._make_room_on_device(claimed, places, error, again=again)
+            used_bytes = self._make_room_on_device(claimed, places, error, again=again)
+            self.lower_budget(used_bytes, share=SPARE_SHARE)
         return True
 
     def release(self, hold: Hold) -> None:

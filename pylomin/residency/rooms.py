@@ -36,6 +36,7 @@ class Rooms(Contents):
                 if not self._evict_one():
                     break
             self.pool.set_limit(memory_budget)
+            self.choices.pop("budget", None)  # it was about another one
             self._choose_reading()
             self._plan(self.retention.order)
 
@@ -108,8 +109,8 @@ class Rooms(Contents):
             least_bytes = max(self.least_bytes, 2 * self._largest_bytes, self.pool.in_use_bytes())
             lower = max(least_bytes, used_bytes - used_bytes // share)
             if used_bytes and budget is not None and lower < budget:
-                self.choices["budget"] = f"lowered from {format_bytes(budget)}, for the device had no memory left"
                 self.set_budget(lower)
+                self.choices["budget"] = f"lowered from {format_bytes(budget)}, for the device had no memory left"
 
     def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)

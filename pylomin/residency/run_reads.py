@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from pylomin.residency import loading
-from pylomin.residency.device_errors import capture_error
+from pylomin.residency.device_errors import SPARE_SHARE, capture_error
 from pylomin.residency.rooms import Rooms
 from pylomin.residency.turns import Group, Run, Turns
 from pylomin.residency.waiting import Waiter
@@ -55,7 +55,8 @@ class RunReads(Rooms):
                 values = room.load(urgent=True)[0]
             except torch.cuda.OutOfMemoryError as error:
                 with self.lock:
-                    self._make_room_on_device([weight], room.places, error, again=is_full)
+                    used_bytes = self._make_room_on_device([weight], room.places, error, again=is_full)
+                    self.lower_budget(used_bytes, share=SPARE_SHARE)
                 is_full = True
                 continue
             room.use()
