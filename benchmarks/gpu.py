@@ -107,9 +107,9 @@ def write(
         "file_state": "cached",
         "device": gpu_device.gpu.name,
         "conditions": [
-            f"{gpu_device.gpu.name}.",
-            "Bound: the larger of the resident model's time and the bytes copied ÷ the speed of copies from pinned "
-            "memory.",
+            gpu_device.gpu.name,
+            "bound: the larger of the resident model's time and the bytes copied ÷ the speed of copies from pinned "
+            "memory",
         ],
     }
     results: dict[str, Any] = {

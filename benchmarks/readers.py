@@ -155,7 +155,11 @@ def main() -> None:
         "model": f"{LAYERS[options.size]} weights of {nbytes / LAYERS[options.size] / (1 << 20):.0f} MiB",
         "input": "none",
         "file_state": "as each row says",
-        "conditions": [f"Cold: {done}.", f"The disk alone: {Spread.of(disk).median / 1e9:.2f} GB/s."],
+        "rounds": len(disk),
+        "conditions": [
+            f"cold: {done}",
+            f"the disk alone, in pieces of 16 MiB: {Spread.of(disk).median / 1e9:.2f} GB/s",
+        ],
     }
     save(options, settings, {"rows": rows, "disk_bytes_per_s": asdict(Spread.of(disk))})
     finish(options, {})
