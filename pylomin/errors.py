@@ -4,8 +4,6 @@ Each class inherits :class:`PylominError` and the built-in exception it speciali
 ValueError`` in existing code keeps working. Messages say where, what was found, what was expected and what to do.
 """
 
-import torch
-
 
 class PylominError(Exception):
     """Base of all errors raised by pylomin."""
@@ -17,13 +15,6 @@ class PassError(PylominError, ValueError):
 
 class BudgetError(PylominError, MemoryError):
     """The memory budget cannot hold what must be in memory at one time."""
-
-
-class DeviceMemoryError(BudgetError, torch.OutOfMemoryError):
-    """A device has no memory left, for weights that the budget has room for or for what is computed with them.
-
-    It is also torch's own error, for code that expects that.
-    """
 
 
 class PlanError(PylominError, ValueError):

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pylomin.errors import DeviceMemoryError
-from pylomin.residency.device_errors import computing_found_none
+from pylomin.residency.device_errors import DeviceMemoryError, computing_found_none
 from pylomin.residency.weight import Weight
 
 ResultT = TypeVar("ResultT")

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pylomin.errors import DeviceMemoryError, OffloadedWriteError, TraceError
+from pylomin.errors import OffloadedWriteError, TraceError
 from pylomin.lazy.compiling import is_tracing, not_compiled
 from pylomin.lazy.full_device import computed_again, operator_refusal
 from pylomin.lazy.storage import OffloadedStorage
+from pylomin.residency.device_errors import DeviceMemoryError
 from pylomin.residency.tiling import lines_per_tile
 from pylomin.residency.weight import Weight
 

@@ -105,7 +105,7 @@ def tensor_on(of: Bytes, device: torch.device) -> torch.Tensor:
         address = of.base.data_ptr() + of.offset_bytes
         storage = torch._C._construct_storage_from_data_pointer(address, made.device, of.nbytes)
         weakref.finalize(storage, _forget, of).atexit = False
-        made.set_(storage, 0, (of.nbytes,), (1,))  # type: ignore[call-overload]
+        made.set_(storage, 0, (of.nbytes,), (1,))
     return made
 
 

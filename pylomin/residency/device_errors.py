@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pylomin.errors import DeviceMemoryError, TraceError
+import torch
+
+from pylomin.errors import BudgetError, TraceError
 from pylomin.residency.limits import format_bytes
 from pylomin.residency.loading import Places
 from pylomin.residency.weight import Weight
 
 SPARE_SHARE = 8  # of free memory that is not counted on: it may be in pieces
 HOPELESS = "No memory_budget is small enough: use smaller inputs, or free memory of the device."
+
+
+class DeviceMemoryError(BudgetError, torch.OutOfMemoryError):
+    """A device has no memory left, for weights that the budget has room for or for what is computed with them.
+
+    It is also torch's own error, for code that expects that.
+    """
 
 
 def device_is_full(

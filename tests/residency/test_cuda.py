@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import pylomin
-from pylomin.errors import BudgetError, DeviceMemoryError, TraceError
+from pylomin.errors import BudgetError, TraceError
 from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES, carrier_to
 from pylomin.residency.cuda import CudaDevice
 from pylomin.residency.device import device_of
+from pylomin.residency.device_errors import DeviceMemoryError
 from pylomin.residency.device_memory import DeviceBytes, DeviceMemory
 from pylomin.residency.pinned import PinnedMemory
 

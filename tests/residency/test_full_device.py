@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pylomin
-from pylomin.errors import BudgetError, DeviceMemoryError, PylominError
+from pylomin.errors import BudgetError, PylominError
 from pylomin.lazy import tensor as tensor_module
 from pylomin.lazy.offload import residencies_of
+from pylomin.residency.device_errors import DeviceMemoryError
 
 from .fake_device import FAKE, FakeDevice, computing_on_the_host, installed, lazy
 
