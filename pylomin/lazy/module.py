@@ -107,12 +107,13 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
             if weight.tiled and not is_tracing():
                 weights = [weight for weight in group if not weight.tiled]
                 break
-        hold = group[0].residency.hold(weights, group)
+        residency = group[0].residency
+        hold = residency.hold(weights, group)
         if is_tracing():
             with Untraced(hold):
                 return cls.forward(self, *args, **kwargs)
         with hold:
-            if group[0].residency.carriers:
+            if residency.carriers:
                 run = functools.partial(computing, self, group, args, kwargs)
                 return computed(run, group[0], functools.partial(module_refusal, self, cls))
             if not torch.is_grad_enabled():
