@@ -18,6 +18,7 @@ from pylomin.errors import BudgetError, PylominError
 from pylomin.lazy import tensor as tensor_module
 from pylomin.lazy.offload import residencies_of
 from pylomin.residency.device_errors import DeviceMemoryError
+from pylomin.residency.prefetcher import RunAhead
 
 from .fake_device import FAKE, FakeDevice, computing_on_the_host, installed, lazy
 
@@ -311,3 +312,24 @@ def test_on_the_host_it_stays_torchs_own_error(monkeypatch: pytest.MonkeyPatch) 
         model(X)
     assert not isinstance(raised.value, PylominError)
     assert full.calls == 1
+
+
+def test_a_tile_that_found_no_memory_ahead_is_read_when_it_is_used(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[int] = []
+
+    def fail(ahead: RunAhead) -> None:
+        failed.append(1)
+        ahead._room._clear()
+        ahead._error = torch.OutOfMemoryError("CUDA out of memory.")
+        ahead._done.release()
+
+    monkeypatch.setattr(RunAhead, "run", fail)
+    linear, x = nn.Linear(512, 4096).eval(), torch.randn(3, 512)
+    expected = linear(x).detach()
+    model = pylomin.prefetch(pylomin.lazy_loading(linear, device=FAKE, memory_budget="2MiB"))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(x), expected)
+    assert failed
