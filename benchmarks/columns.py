@@ -233,6 +233,10 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         *MODE,
         ("largest difference of a gradient ÷ the largest gradient", DIFFERENCE),
     ],
+    "readers": [
+        ("speed", median("bytes_per_s", "{:.2f} GB/s", factor=1e-9, spread=True)),
+        ("times one thread", median("times_one", "{:.2f}", spread=True)),
+    ],
     "gpu": [
         ("budget", mebibytes("budget_bytes")),
         ("time of a pass", PASS_S),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig
 
-from benchmarks import gpu_work
+from benchmarks import gpu_device, gpu_work
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import WorkerRun, run_rounds, run_worker
 from benchmarks.gpu_rows import Task, against_peers, bandwidth_of, overlap, rows_of, tasks
@@ -105,11 +105,11 @@ def write(
         "model": f"BertModel of 1.6 GiB, LlamaForCausalLM of {gpu_work.size_of(llama) / 1e9:.1f} GB in bfloat16",
         "input": f"BERT: 512 tokens; prefill: {gpu_work.PREFILL_TOKENS[options.size]} tokens; decode: batch 1",
         "file_state": "cached",
-        "device": torch.cuda.get_device_name(),
+        "device": gpu_device.gpu.name,
         "conditions": [
-            f"{torch.cuda.get_device_name()}.",
-            "Bound: the larger of the resident model's time and the bytes copied ÷ the speed of copies from pinned "
-            "memory.",
+            gpu_device.gpu.name,
+            "bound: the larger of the resident model's time and the bytes copied ÷ the speed of copies from pinned "
+            "memory",
         ],
     }
     results: dict[str, Any] = {

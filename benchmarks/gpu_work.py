@@ -13,11 +13,11 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import pylomin
+from benchmarks import gpu_device
 from benchmarks.gpu_rows import Interval, Task, llama_bytes
 from benchmarks.llama import empty
 from benchmarks.passes import Report
-from pylomin.residency.cuda import CudaDevice
-from pylomin.residency.device import device_of
+from pylomin.residency.device import Device, device_of
 from pylomin.residency.pinned import PinnedMemory
 
 DTYPE = torch.bfloat16
@@ -55,7 +55,7 @@ def synchronized(run: Callable[[], Any]) -> Callable[[], Any]:
 
     def wait() -> Any:
         result = run()
-        torch.cuda.synchronize()
+        gpu_device.gpu.synchronize()
         return result
 
     return wait
@@ -63,19 +63,20 @@ def synchronized(run: Callable[[], Any]) -> Callable[[], Any]:
 
 def bandwidth(size: str) -> dict[str, Any]:
     """Bytes per second from our pinned memory to the device, the best of some copies."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    gpu = gpu_device.gpu
+    device = gpu.device
     nbytes = BANDWIDTH_BYTES[size]
     pinned = PinnedMemory(device_of(device), nbytes, what="for the benchmark")
     source = pinned.bytes(0, nbytes).fill_(1)
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     best = 0.0
     for _ in range(REPEATS):
-        torch.cuda.synchronize()
+        gpu.synchronize()
         start = time.perf_counter()
         target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
+        gpu.synchronize()
         best = max(best, nbytes / (time.perf_counter() - start))
-    return {"bytes_per_s": best, "is_pinned": pinned.is_pinned, "device": torch.cuda.get_device_name(device)}
+    return {"bytes_per_s": best, "is_pinned": pinned.is_pinned, "device": gpu.name}
 
 
 # -- BERT -------------------------------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def bandwidth(size: str) -> dict[str, Any]:
 
 def bert(task: Task, config: BertConfig, weights: Path) -> dict[str, Any]:
     """As the benchmark of 2022 did: the peak of torch's allocator in a forward of 512 tokens."""
-    report = Report()
+    report, device = Report(), gpu_device.gpu.device
     embedding = "embeddings.word_embeddings"
     model: nn.Module
     if task.variant == "kept embedding":
@@ -94,9 +95,9 @@ def bert(task: Task, config: BertConfig, weights: Path) -> dict[str, Any]:
         kept = model.get_submodule(embedding)
         with pylomin_store(weights) as values:
             kept.load_state_dict({"weight": values(f"{embedding}.weight")}, assign=True)
-        model = pylomin.lazy_loading(model, weights=weights, skip_modules=[kept], device="cuda")
+        model = pylomin.lazy_loading(model, weights=weights, skip_modules=[kept], device=device)
     else:
-        model = pylomin.load(lambda: BertModel(config), weights, device="cuda")
+        model = pylomin.load(lambda: BertModel(config), weights, device=device)
     if task.variant == "resident":
         model = pylomin.restore(model)
     if task.variant.startswith("chunked"):
@@ -107,7 +108,7 @@ def bert(task: Task, config: BertConfig, weights: Path) -> dict[str, Any]:
     if "prefetch" in task.variant:
         model = pylomin.prefetch(model)
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(config.vocab_size, (task.batch, BERT_TOKENS), generator=generator).cuda()
+    tokens = torch.randint(config.vocab_size, (task.batch, BERT_TOKENS), generator=generator).to(device)
     return _measured(report, task, model.eval(), lambda: model(tokens).last_hidden_state, weights.parent)
 
 
@@ -125,35 +126,39 @@ def pylomin_store(weights: Path) -> Iterator[Callable[[str], torch.Tensor]]:
 
 def decoder(task: Task, config: LlamaConfig, weights: Path) -> nn.Module:
     """The model, run as the task says."""
-    budget = None if task.budget_share is None else int(task.budget_share * size_of(config)) + (16 << 20)
+    nbytes = size_of(config)
+    spare_bytes = min(16 << 20, nbytes // 8)  # for the window
+    budget = None if task.budget_share is None else int(task.budget_share * nbytes) + spare_bytes
+
+    device = gpu_device.gpu.device
 
     def build() -> nn.Module:
         return llama(config)
 
     if task.variant == "resident":
-        return pylomin.restore(pylomin.load(build, weights, device="cuda"))
+        return pylomin.restore(pylomin.load(build, weights, device=device))
     if task.variant == "pylomin" and task.storage == "disk":
-        return pylomin.prefetch(pylomin.load(build, weights, device="cuda", memory_budget=budget))
+        return pylomin.prefetch(pylomin.load(build, weights, device=device, memory_budget=budget))
     if task.variant == "accelerate disk_offload":
         from accelerate import disk_offload
 
         model = empty(config).to(DTYPE)
-        disk_offload(model, str(weights.parent / "accelerate"), execution_device=torch.device("cuda"))
+        disk_offload(model, str(weights.parent / "accelerate"), execution_device=device)
         return model
     model = pylomin.restore(pylomin.load(build, weights))
     if task.variant == "pylomin":
-        offloaded = pylomin.lazy_loading(model, device="cuda", storage="cpu", memory_budget=budget)
+        offloaded = pylomin.lazy_loading(model, device=device, storage="cpu", memory_budget=budget)
         return pylomin.prefetch(offloaded)
     if task.variant == "accelerate cpu_offload":
         from accelerate import cpu_offload
 
-        cpu_offload(model, execution_device=torch.device("cuda"))
+        cpu_offload(model, execution_device=device)
         return model
     from diffusers.hooks.group_offloading import apply_group_offloading
 
     apply_group_offloading(
         model,
-        onload_device=torch.device("cuda"),
+        onload_device=device,
         offload_device=torch.device("cpu"),
         offload_type="leaf_level",
         use_stream=True,
@@ -167,7 +172,7 @@ def generate(task: Task, config: LlamaConfig, weights: Path, size: str) -> dict[
     model = decoder(task, config, weights).eval()
     generator = torch.Generator().manual_seed(1)
     count = PREFILL_TOKENS[size] if task.work == "prefill" else PROMPT_TOKENS
-    prompt = torch.randint(config.vocab_size, (1, count), generator=generator).cuda()
+    prompt = torch.randint(config.vocab_size, (1, count), generator=generator).to(gpu_device.gpu.device)
     if task.work == "prefill":
 
         def whole() -> torch.Tensor:
@@ -193,11 +198,11 @@ def _measured(
         output = synchronized(run)()
         for _ in range(WARM_UP_TOKENS):
             synchronized(run)()
-        torch.cuda.reset_peak_memory_stats()
+        gpu_device.gpu.reset_peak()
         report.passes(synchronized(run), DECODED_TOKENS, model)
     fields = report.fields
     fields["finished_s"] = time.time()
-    fields["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    fields["peak_device_bytes"] = gpu_device.gpu.peak_bytes()
     try:
         stats = pylomin.stats(model)
     except pylomin.PassError:  # nothing of it is offloaded by us
@@ -216,59 +221,57 @@ def _measured(
 
 
 class Timeline:
-    """When copies and layers ran, by events of CUDA."""
+    """When copies and layers ran, by events of the device."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._base = torch.cuda.Event(enable_timing=True)
-        self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._layers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._begun: list[torch.cuda.Event] = []
+        self._gpu = gpu_device.gpu
+        self._base: Any = None
+        self._copies: list[tuple[Any, Any]] = []
+        self._layers: list[tuple[Any, Any]] = []
+        self._begun: list[Any] = []
         self._model = model
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Watch copies to any device, and layers of the model."""
+        now = self._gpu.now
         layers = self._model.get_submodule("model.layers").children()
         hooks = []
         for layer in layers:
-            hooks.append(layer.register_forward_pre_hook(lambda *_: self._begun.append(_now())))
-            hooks.append(layer.register_forward_hook(lambda *_: self._layers.append((self._begun.pop(), _now()))))
-        copy = CudaDevice.copy
+            hooks.append(layer.register_forward_pre_hook(lambda *_: self._begun.append(now())))
+            hooks.append(layer.register_forward_hook(lambda *_: self._layers.append((self._begun.pop(), now()))))
+        kind: Any = type(device_of(self._gpu.device))
+        copy = kind.copy
 
-        def timed(device: CudaDevice, target: torch.Tensor, source: torch.Tensor) -> None:
-            begin = _now()
+        def timed(device: Device, target: torch.Tensor, source: torch.Tensor) -> None:
+            begin = now()
             copy(device, target, source)
-            self._copies.append((begin, _now()))
+            self._copies.append((begin, now()))
 
-        setattr(CudaDevice, "copy", timed)  # noqa: B010 # mypy takes an assignment for a mistake
-        self._base.record()
+        kind.copy = timed
+        self._base = now()
         try:
             yield
         finally:
-            setattr(CudaDevice, "copy", copy)  # noqa: B010
+            kind.copy = copy
             for hook in hooks:
                 hook.remove()
-        torch.cuda.synchronize()
+        self._gpu.synchronize()
 
     def intervals(self) -> tuple[list[Interval], list[Interval]]:
         """Milliseconds since the start: copies, layers."""
 
-        def of(events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[Interval]:
-            return [(self._base.elapsed_time(begin), self._base.elapsed_time(end)) for begin, end in events]
+        def of(events: list[tuple[Any, Any]]) -> list[Interval]:
+            between = self._gpu.ms_between
+            return [(between(self._base, begin), between(self._base, end)) for begin, end in events]
 
         return of(self._copies), of(self._layers)
-
-
-def _now() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 def timeline(task: Task, config: LlamaConfig, weights: Path, size: str) -> dict[str, Any]:
     """One prefill, seen by events."""
     model = decoder(task, config, weights).eval()
-    prompt = torch.ones(1, PREFILL_TOKENS[size], dtype=torch.int64, device="cuda")
+    prompt = torch.ones(1, PREFILL_TOKENS[size], dtype=torch.int64, device=gpu_device.gpu.device)
     watched = Timeline(model)
     with torch.inference_mode():
         for _ in range(3):

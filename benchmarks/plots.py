@@ -114,6 +114,7 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    if axes.get_legend_handles_labels()[0]:  # something was measured
+        figure.legend(loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pylomin.passes.prefetch import prefetch
     from pylomin.passes.restore import restore
     from pylomin.pretrained.loading import from_pretrained
+    from pylomin.residency.device_errors import DeviceMemoryError
     from pylomin.residency.plan import Plan
     from pylomin.residency.stats import Stats
     from pylomin.save import save_model, save_store
@@ -59,6 +60,7 @@ __version__ = "0.1.0"
 # of the package may have the name of one of them, for importing the module would put it in the place of the name.
 _LAZY = {
     "Checkpoint": "pylomin.checkpoint.checkpoint",
+    "DeviceMemoryError": "pylomin.residency.device_errors",
     "Mode": "pylomin.io.modes",
     "PeakMemory": "pylomin.measure",
     "Plan": "pylomin.residency.plan",
@@ -110,6 +112,7 @@ __all__ = [
     "BudgetError",
     "Checkpoint",
     "CheckpointError",
+    "DeviceMemoryError",
     "ExportError",
     "MissingPackageError",
     "Mode",

@@ -310,7 +310,7 @@ class BufferPool:
     def _new_memory(self, nbytes: int, space: Space | None) -> Any | None:
         """None where its space has none left."""
         if space is None:
-            return _anonymous(nbytes)
+            return anonymous_memory(nbytes)
         try:
             return space.allocate(nbytes)
         except torch.cuda.OutOfMemoryError as error:
@@ -339,7 +339,7 @@ def _address_space(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, aligned(nbytes, HUGE_PAGE_BYTES) if nbytes >= HUGE_PAGE_BYTES else nbytes, flags=PRIVATE)
 
 
-def _anonymous(nbytes: int) -> mmap.mmap:
+def anonymous_memory(nbytes: int) -> mmap.mmap:
     """Memory, of huge pages as far as they do not take more than is asked for.
 
     Direct reads were up to twice as fast into huge pages.

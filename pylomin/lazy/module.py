@@ -13,10 +13,13 @@ from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
 from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
+from pylomin.lazy.full_device import computed, module_refusal
 from pylomin.lazy.fused import fused_linear
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.weight import Weight
+
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled  # quick, as it is in every forward
 
 
 class LazyModule(nn.Module):
@@ -42,6 +45,8 @@ class LazyModule(nn.Module):
             return value
         # A trace would record the twin as a constant that requires grad, which it cannot.
         if value.trainable and not torch.is_grad_enabled() and not is_tracing():
+            if is_any_autocast_enabled() and _is_cast(tensor):
+                return tensor
             return weight.trainable_twin() if weight.twin is None else weight.twin
         return tensor
 
@@ -73,6 +78,11 @@ class LazyModule(nn.Module):
         """Hides the hook of the module's own class, which knows nothing of subclasses made by others."""
 
 
+def _is_cast(tensor: torch.Tensor) -> bool:
+    """Whether autocast casts it before a kernel is chosen. Of what requires grad, it would keep what it casts."""
+    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype is torch.float32
+
+
 def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``cls`` that holds its weights around ``forward``; one, for as long as it is used."""
     made = (subclass for subclass in cls.__subclasses__() if subclass.__dict__.get("lazy_of") is cls)
@@ -97,15 +107,25 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
             if weight.tiled and not is_tracing():
                 weights = [weight for weight in group if not weight.tiled]
                 break
-        hold = group[0].residency.hold(weights, group)
+        residency = group[0].residency
+        hold = residency.hold(weights, group)
         if is_tracing():
             with Untraced(hold):
                 return cls.forward(self, *args, **kwargs)
         with hold:
+            if residency.carriers:
+                run = functools.partial(computing, self, group, args, kwargs)
+                return computed(run, group[0], functools.partial(module_refusal, self, cls))
             if not torch.is_grad_enabled():
                 return cls.forward(self, *args, **kwargs)
             with saving_pointers(group):
                 return cls.forward(self, *args, **kwargs)
+
+    def computing(self: nn.Module, group: list[Weight], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return cls.forward(self, *args, **kwargs)
+        with saving_pointers(group):
+            return cls.forward(self, *args, **kwargs)
 
     mixins = (LazyRNN, LazyModule) if issubclass(cls, nn.RNNBase) else (LazyModule,)
     taken = {n: getattr(cls, n) for n in ("__copy__", "__deepcopy__") if hasattr(cls, n)}  # the user's own

@@ -115,13 +115,17 @@ def offload(
         weight.looked_up = all(loads_rows(slot.module, tie.parameter.dim()) for slot in tie.slots)
         owned += [Owned.of(slot.module, weight) for slot in tie.slots]
     budget = residency.memory_budget if memory_budget is None else memory_budget
-    largest_bytes = check_budget(offloaded_footprints(model) + footprints(owned), budget)
-    residency.expect(largest_bytes)
+    groups = offloaded_footprints(model) + footprints(owned)
+    largest_bytes = check_budget(groups, budget)
+    residency.expect(largest_bytes, max(map(smallest_budget, groups), default=0))
     if reading_mode is not None:
         residency.set_reading_mode(reading_mode)
     residency.set_budget(budget)
-    if model in _wanted_depth:
-        residency.set_depth(_wanted_depth.pop(model))
+    if model in _wanted:
+        depth, readers = _wanted.pop(model)
+        residency.set_depth(depth)
+        if readers is not None:
+            residency.set_readers(readers)
     # Made before anything is changed, for a class may refuse to be subclassed.
     lazy_classes = {
         slot.module: lazy_class(type(slot.module))
@@ -185,12 +189,12 @@ def residencies_of(model: nn.Module) -> list[Residency]:
     return list({parameter.weight.residency: None for _, parameter in offloaded_slots(model)})
 
 
-_wanted_depth: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
+_wanted: weakref.WeakKeyDictionary[nn.Module, tuple[int | None, int | None]] = weakref.WeakKeyDictionary()
 
 
-def want_prefetch(model: nn.Module, depth: int | None) -> None:
+def want_prefetch(model: nn.Module, depth: int | None, readers: int | None) -> None:
     """``prefetch`` was applied to ``model`` before anything of it was offloaded."""
-    _wanted_depth[model] = depth
+    _wanted[model] = (depth, readers)
 
 
 def residency_for(model: nn.Module) -> Residency:

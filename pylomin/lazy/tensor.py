@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pylomin.errors import OffloadedWriteError, TraceError
 from pylomin.lazy.compiling import is_tracing, not_compiled
+from pylomin.lazy.full_device import computed_again, operator_refusal
 from pylomin.lazy.storage import OffloadedStorage
+from pylomin.residency.device_errors import DeviceMemoryError
 from pylomin.residency.tiling import lines_per_tile
 from pylomin.residency.weight import Weight
 
@@ -283,6 +285,17 @@ def as_parameter(tensor: OffloadedTensor, *, trainable: bool = False) -> Offload
 
 @not_compiled
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return _dispatch_once(func, args, kwargs)
+    except DeviceMemoryError:
+        raise
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+        full = error.with_traceback(None)
+    return _dispatch_again(func, args, kwargs, full)
+
+
+def _dispatch_once(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (rule := RULES.get(func)) is not None:
         result = rule(func, args, kwargs)
         if result is not NotImplemented:
@@ -300,6 +313,17 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if targets:
             return _run_writing(func, args, kwargs, targets)
     return run_loaded(func, args, kwargs)
+
+
+def _dispatch_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], full: BaseException) -> Any:
+    """A device had no memory for it."""
+    leaves = tree_flatten((args, kwargs))[0]
+    weights = [leaf.weight for leaf in leaves if isinstance(leaf, OffloadedTensor)]
+    streamed = next((weight for weight in weights if weight.residency.carriers), None)
+    if streamed is None:
+        raise full
+    refusal = operator_refusal(func, bool(_facts(func).writes))
+    return computed_again(partial(_dispatch_once, func, args, kwargs), streamed, full, refusal)
 
 
 def run_loaded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from pylomin.errors import BudgetError, PassError
 from pylomin.io.modes import Mode
 from pylomin.lazy.module import LazyModule, whole_weights
 from pylomin.lazy.offload import check_mode, offloaded_slots, residencies_of
+from pylomin.lazy.sources import PINNED_CHUNK_BYTES
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.chunked_embedding import chunked_embedding
 from pylomin.passes.lazy_loading import lazy_loading
@@ -21,7 +22,7 @@ from pylomin.passes.prefetch import prefetch
 from pylomin.passes.selection import ModuleT, check_model
 from pylomin.residency.device import device_of, execution_device, is_streamed_to
 from pylomin.residency.limits import format_bytes, parse_bytes
-from pylomin.residency.memory_limits import MemoryLimits, memory_limits
+from pylomin.residency.memory_limits import MemoryLimits, anonymous_bytes, memory_limits
 from pylomin.residency.residency import Residency
 from pylomin.residency.trace import Key
 from pylomin.residency.weight import used_from
@@ -41,6 +42,7 @@ def fit(
     kwargs: Mapping[str, Any] | None = None,
     weights: str | os.PathLike[str] | Mapping[str, torch.Tensor] | WeightStore | None = None,
     device: torch.device | str | None = None,
+    storage: Literal["disk", "cpu"] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     reading_mode: Mode | None = None,
 ) -> ModuleT:
@@ -60,6 +62,8 @@ def fit(
             of a pass.
         kwargs: keyword arguments of the example.
         weights, device, output_dir, reading_mode: as in :func:`pylomin.lazy_loading`, for what is not offloaded yet.
+        storage: as there. Default: for a device such as ``"cuda"``, host memory where the weights fit into what the
+            container or the machine has free, less a fifth (at least 256 MiB); else the disk.
 
     Raises:
         BudgetError: the budget is too small for what one operation needs, naming it and what would work; or none was
@@ -70,17 +74,22 @@ def fit(
     """
     check_model(model)
     check_mode(reading_mode)
+    streamed_to = _device_of_weights(model, execution_device(device))
     if memory_budget is None:
-        budget, why = _free_memory(_device_of_weights(model, execution_device(device)), model)
+        budget, why = _free_memory(streamed_to, model)
     else:
         budget, why = parse_bytes(memory_budget), "as given"
     if args is not None and not isinstance(args, (list, tuple)):
         raise PassError(f"args is a {type(args).__name__}; expected a list of positional arguments: args=[tokens].")
+    why_stored: dict[str, str] = {}
     if any(not isinstance(parameter, OffloadedTensor) for parameter in model.parameters()) or weights is not None:
+        if storage is None and streamed_to is not None and weights is None and output_dir is None:
+            storage, why_stored["storage"] = _storage_for(model)
         lazy_loading(
             model,
             weights=weights,
             device=device,
+            storage=storage or "disk",
             output_dir=output_dir,
             memory_budget=budget,
             reading_mode=reading_mode,
@@ -99,7 +108,7 @@ def fit(
     if args is not None or kwargs is not None:
         _measure(model, args or (), kwargs or {})
     for residency in residencies_of(model):
-        residency.choices = _choices(model, residency, why, tables, chunk_bytes)
+        residency.choices = _choices(model, residency, why, tables, chunk_bytes) | why_stored
     return model
 
 
@@ -118,13 +127,33 @@ def _free_memory(device: torch.device | None, model: nn.Module) -> tuple[int, st
         limits = MemoryLimits(None, free_bytes, f"{device}: {format_bytes(free_bytes)} free")
     if limits.available_bytes is None:
         raise BudgetError(f"{limits.source}, so there is no default for memory_budget; give one, such as '4GiB'.")
-    spare_bytes = max(SPARE_BYTES, int(SPARE_SHARE * limits.available_bytes))
+    spare_bytes = _spare_bytes(limits.available_bytes)
     if spare_bytes >= limits.available_bytes:
         raise BudgetError(
             f"only {format_bytes(limits.available_bytes)} of memory are free ({limits.source}), and "
             f"{format_bytes(spare_bytes)} are left for other things by default. Give a memory_budget."
         )
     return limits.available_bytes - spare_bytes, f"what is free ({limits.source}), less {format_bytes(spare_bytes)}"
+
+
+def _spare_bytes(available_bytes: int) -> int:
+    return max(SPARE_BYTES, int(SPARE_SHARE * available_bytes))
+
+
+def _storage_for(model: nn.Module) -> tuple[Literal["disk", "cpu"], str]:
+    """Where the weights go that are in memory now, and why."""
+    tensors = {id(p): p for p in model.parameters() if not isinstance(p, OffloadedTensor)}.values()
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    limits = memory_limits()
+    if limits.available_bytes is None:
+        return "disk", f"disk, for {limits.source}"
+    # Those in ordinary memory move; pages of a mapped file come on top.
+    moved_bytes = min(anonymous_bytes(), sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu"))
+    room_bytes = limits.available_bytes - _spare_bytes(limits.available_bytes)
+    fits = nbytes - moved_bytes + min(nbytes, PINNED_CHUNK_BYTES) <= room_bytes
+    place: Literal["disk", "cpu"] = "cpu" if fits else "disk"
+    where = "host memory" if fits else "disk"
+    return place, f"{where}, for the host has {format_bytes(limits.available_bytes)} free ({limits.source})"
 
 
 def _chunk_tables(model: nn.Module, chunk_bytes: int) -> int:

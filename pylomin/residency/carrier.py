@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ from pylomin.residency.device import Device, Event, device_of
 from pylomin.residency.device_memory import DeviceBytes, DeviceMemory
 from pylomin.residency.memory_limits import memory_limits
 from pylomin.residency.pinned import is_pinned
+from pylomin.residency.readers import Readers
 from pylomin.residency.ring import SLOT_BYTES, SLOTS, Ring, Slot
 from pylomin.store.base import ReadRequest, WeightStore
 from pylomin.store.extents import read_range
@@ -85,23 +88,49 @@ class Carrier:
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
-    def ship(self, shipment: Shipment, pieces: Sequence[Piece], target: torch.Tensor, *, drop_cache: bool) -> None:
-        """Read, and begin to copy, in the copy stream, which is the current one.
+    def ship(
+        self,
+        shipment: Shipment,
+        pieces: Sequence[Piece],
+        target: torch.Tensor,
+        *,
+        drop_cache: bool,
+        readers: Readers,
+    ) -> None:
+        """Read, and begin to copy, in the stream that is the current one.
 
         Args:
             pieces: those that the shipment counts.
             target: 1-D, uint8, on the device.
+            readers: of files, and of memory that is not pinned.
 
         Raises:
             StoreReadError: what was begun before goes on; ``target`` holds nothing of meaning.
         """
         self._forget_copied()
+        parts: list[Part] = []
         for one in shipment.in_memory:
-            self._copy_from_memory(one, pieces[one.piece], target)
+            parts += self._copy_pinned(one, pieces[one.piece], target)
         for file, chunk in shipment.in_files:
-            self._read_and_copy(chunk, file, shipment, pieces, target, drop_cache)
-        for chunk_of_stores in shipment.in_stores:
-            self._ask_and_copy(chunk_of_stores, pieces, target)
+            parts.append(partial(self._read_and_copy, chunk, file, shipment, pieces, target, drop_cache))
+        stream = self.device.current_stream()
+        if parts:
+            readers.run(self._in_slots(parts), len(parts), lambda: self._reading_into(stream))
+        # Stores have threads of their own, or do not want several.
+        asked = [partial(self._ask_and_copy, chunk, pieces, target) for chunk in shipment.in_stores]
+        for step in self._in_slots(asked):
+            step()
+
+    @contextmanager
+    def _reading_into(self, stream: Hashable) -> Iterator[None]:
+        with self.device.on(stream), torch.inference_mode(False), torch.no_grad():
+            yield
+
+    def _in_slots(self, parts: Iterable[Part]) -> Iterator[Callable[[], None]]:
+        """One step for each part, in whose turn a slot is claimed: so whoever has one waits for no other."""
+        for part in parts:
+            ring = self.ring()
+            yield partial(_fill, part, ring, ring.take())
 
     def _read_and_copy(
         self,
@@ -111,35 +140,29 @@ class Carrier:
         pieces: Sequence[Piece],
         target: torch.Tensor,
         drop_cache: bool,
+        ring: Ring,
+        slot: Slot,
     ) -> None:
-        ring = self.ring()
-        slot = ring.take()
-        try:
-            names = [pieces[copy.piece].source.name for copy in chunk.copies]
-            view = ring.view(slot)
-            at = read_range(file, chunk.start, chunk.nbytes, view, names, direct=shipment.direct, drop_cache=drop_cache)
-            for copy in chunk.copies:
-                self._copy(ring, slot, at + copy.source, copy.nbytes, target, copy.target, pieces[copy.piece])
-        finally:
-            slot.release()
+        names = [pieces[copy.piece].source.name for copy in chunk.copies]
+        view = ring.view(slot)
+        at = read_range(file, chunk.start, chunk.nbytes, view, names, direct=shipment.direct, drop_cache=drop_cache)
+        for copy in chunk.copies:
+            self._copy(ring, slot, at + copy.source, copy.nbytes, target, copy.target, pieces[copy.piece])
 
-    def _ask_and_copy(self, chunk: StoreChunk, pieces: Sequence[Piece], target: torch.Tensor) -> None:
-        ring = self.ring()
-        slot = ring.take()
-        try:
-            view = ring.view(slot)
-            stores: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
-            for read in chunk.reads:
-                source = pieces[read.piece].source
-                destination = view[read.source : read.source + read.nbytes]
-                request = ReadRequest(source.name, read.offset_bytes, destination)
-                stores.setdefault(id(source.store), (source.store, []))[1].append(request)
-            for store, requests in stores.values():
-                store.read(requests)
-            for copy in chunk.copies:
-                self._copy(ring, slot, copy.source, copy.nbytes, target, copy.target, pieces[copy.piece])
-        finally:
-            slot.release()
+    def _ask_and_copy(
+        self, chunk: StoreChunk, pieces: Sequence[Piece], target: torch.Tensor, ring: Ring, slot: Slot
+    ) -> None:
+        view = ring.view(slot)
+        stores: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
+        for read in chunk.reads:
+            source = pieces[read.piece].source
+            destination = view[read.source : read.source + read.nbytes]
+            request = ReadRequest(source.name, read.offset_bytes, destination)
+            stores.setdefault(id(source.store), (source.store, []))[1].append(request)
+        for store, requests in stores.values():
+            store.read(requests)
+        for copy in chunk.copies:
+            self._copy(ring, slot, copy.source, copy.nbytes, target, copy.target, pieces[copy.piece])
 
     def _copy(
         self, ring: Ring, slot: Slot, first: int, nbytes: int, target: torch.Tensor, at: int, piece: Piece
@@ -148,30 +171,41 @@ class Carrier:
         _check(piece, source)
         self.device.copy(target[at : at + nbytes], source)
 
-    def _copy_from_memory(self, one: Wanted, piece: Piece, target: torch.Tensor) -> None:
+    def _copy_pinned(self, one: Wanted, piece: Piece, target: torch.Tensor) -> Iterator[Part]:
+        """Begin the copy; of memory that is not pinned, what brings it through the ring."""
         source = piece.bytes_in_memory(one.first, one.nbytes)
         _check(piece, source)
         if is_pinned(source):
             self.device.copy(target[one.target : one.target + one.nbytes], source)
             self._keep(source)
             return
-        ring = self.ring()
-        for first in range(0, one.nbytes, ring.slot_bytes):
-            nbytes = min(ring.slot_bytes, one.nbytes - first)
-            slot = ring.take()
-            try:
-                at = one.target + first
-                ring.bytes(slot, 0, nbytes).copy_(source[first : first + nbytes])
-                self.device.copy(target[at : at + nbytes], ring.bytes(slot, 0, nbytes))
-            finally:
-                slot.release()
+        for first in range(0, one.nbytes, self.slot_bytes):
+            last = min(first + self.slot_bytes, one.nbytes)
+            yield partial(self._copy_twice, source[first:last], target[one.target + first : one.target + last])
+
+    def _copy_twice(self, source: torch.Tensor, target: torch.Tensor, ring: Ring, slot: Slot) -> None:
+        pinned = ring.bytes(slot, 0, source.nbytes)
+        pinned.copy_(source)
+        self.device.copy(target, pinned)
 
     def _keep(self, source: torch.Tensor) -> None:
-        self._sources.append((self.device.record(self.device.copy_stream), [source]))
+        self._sources.append((self.device.record(self.device.current_stream()), [source]))
 
     def _forget_copied(self) -> None:
-        while self._sources and self._sources[0][0].query():
-            self._sources.popleft()
+        with self._lock:  # or what another thread puts in the first place would go
+            while self._sources and self._sources[0][0].query():
+                self._sources.popleft()
+
+
+Part = Callable[[Ring, Slot], None]
+"""Fills a slot, and begins the copies from it."""
+
+
+def _fill(part: Part, ring: Ring, slot: Slot) -> None:
+    try:
+        part(ring, slot)
+    finally:
+        slot.release()
 
 
 @dataclass(frozen=True, slots=True)

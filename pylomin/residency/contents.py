@@ -72,6 +72,7 @@ class Contents:
         self.pool = BufferPool(memory_budget)
         self.retention = Retention()
         self.reading = Reading()
+        self.readers = loading.ALONE
         self._requested_mode: Mode | None = None
         self._stats = Stats()
         self._weights: weakref.WeakValueDictionary[int, Weight] = weakref.WeakValueDictionary()
@@ -87,6 +88,7 @@ class Contents:
         self._kept_bytes = 0
         self.tiles_bytes = 0  # that the tiles of one weight take at one time, at most, by the plan
         self._largest_bytes = 0  # of anything loaded together so far
+        self.least_bytes = 0  # that any budget must have
         self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
         self._unpacked_bytes = 0  # that is decoded now
         self._recording: Recording | None = None
@@ -98,6 +100,15 @@ class Contents:
     @property
     def memory_budget(self) -> int | None:
         return self.pool.limit_bytes
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """What reads in the background."""
+        return self._prefetcher
+
+    @property
+    def is_recording(self) -> bool:
+        return self._recording is not None
 
     @property
     def depth(self) -> int:
@@ -114,9 +125,14 @@ class Contents:
             self._forget_replaced()
             return self._total_bytes + self._unpacking_bytes <= budget
 
-    def expect(self, nbytes: int) -> None:
-        """A group of so many bytes will be loaded; the window must have room for it."""
+    def expect(self, nbytes: int, least_bytes: int = 0) -> None:
+        """A group of so many bytes will be loaded; the window must have room for it.
+
+        Args:
+            least_bytes: the smallest budget under which all groups can be used.
+        """
         self._largest_bytes = max(self._largest_bytes, nbytes)
+        self.least_bytes = max(self.least_bytes, least_bytes)
 
     def weights_of(self, key: Key) -> list[Weight]:
         """The weights of a group that still exist."""
@@ -329,7 +345,9 @@ class Contents:
     def try_reserve_ahead(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
         """Memory for what is read ahead: of the window, if it streams; None where there is none now."""
         from_window = self.retention.streams and not self._stays(weights)
-        return loading.try_reserve(self.pool, places, from_window=from_window, drop_cache=self.reading.drop_cache)
+        return loading.try_reserve(
+            self.pool, places, from_window=from_window, drop_cache=self.reading.drop_cache, readers=self.readers
+        )
 
     def _stays(self, weights: Sequence[Weight]) -> bool:
         return self.retention.stays(tuple([weight.index for weight in weights]))

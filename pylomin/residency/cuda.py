@@ -1,8 +1,9 @@
-"""CUDA: one stream beside the computation, events, memory in the order of streams."""
+"""CUDA: streams beside the computation, events, memory in the order of streams."""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,10 +21,20 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._copy_stream = torch.cuda.Stream(device)
+        self._urgent_stream = torch.cuda.Stream(device, priority=-1)
+        self._memory_stream = torch.cuda.Stream(device)
 
     @property
     def copy_stream(self) -> Hashable:
         return self._copy_stream
+
+    @property
+    def urgent_stream(self) -> Hashable:
+        return self._urgent_stream
+
+    @property
+    def memory_stream(self) -> Hashable:
+        return self._memory_stream
 
     def current_stream(self) -> Hashable:
         return torch.cuda.current_stream(self.device)
@@ -48,15 +59,12 @@ class CudaDevice:
         target.copy_(source, non_blocking=True)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        # Of the copy stream, whose order is that in which torch's allocator uses it again.
-        with torch.cuda.stream(self._copy_stream), torch.inference_mode(False):
+        # Of this stream, whose order is that in which torch's allocator uses it again.
+        with torch.cuda.stream(self._memory_stream), torch.inference_mode(False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def tensor(self, of: Bytes) -> torch.Tensor:
-        # The one way for torch's Python API to make a tensor that keeps another object alive.
-        with torch.inference_mode(False):
-            made: torch.Tensor = torch.as_tensor(_Exported(of), device=self.device)
-        return made
+        return tensor_on(of, self.device)
 
     def pin(self, address: int, nbytes: int) -> str | None:
         torch.cuda.init()
@@ -67,7 +75,7 @@ class CudaDevice:
             return None
         # The runtime keeps the error for the next one who asks, which would be a kernel that did nothing wrong.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self.device)
+            torch.ones(1, device=self.device)
         return f"cudaHostRegister: error {code}"
 
     def unpin(self, address: int) -> None:
@@ -86,16 +94,20 @@ class CudaDevice:
         torch.cuda.synchronize(self.device)
 
 
-class _Exported:
-    """Device bytes as ``__cuda_array_interface__``, version 3; stream None: the consumer need not synchronise."""
+def tensor_on(of: Bytes, device: torch.device) -> torch.Tensor:
+    """These bytes of ``device`` (1-D, uint8). All that views them keeps ``of`` alive.
 
-    def __init__(self, of: Bytes) -> None:
-        self._of = of
-        self.__cuda_array_interface__ = {
-            "version": 3,
-            "shape": (of.nbytes,),
-            "typestr": "|u1",
-            "data": (of.base.data_ptr() + of.offset_bytes, False),
-            "strides": None,
-            "stream": None,
-        }
+    That is known by the storage, whose Python object lives as long as it does. ``__cuda_array_interface__`` would do
+    the same, but torch reads it with numpy, which need not be there.
+    """
+    with torch.inference_mode(False):
+        made = torch.empty(0, dtype=torch.uint8, device=device)
+        address = of.base.data_ptr() + of.offset_bytes
+        storage = torch._C._construct_storage_from_data_pointer(address, made.device, of.nbytes)
+        weakref.finalize(storage, _forget, of).atexit = False
+        made.set_(storage, 0, (of.nbytes,), (1,))
+    return made
+
+
+def _forget(of: Bytes) -> None:
+    """The finalizer's argument keeps the bytes; when the storage is gone, nothing does."""

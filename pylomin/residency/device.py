@@ -49,7 +49,17 @@ class Device(Protocol):
 
     @property
     def copy_stream(self) -> Hashable:
-        """Where weights are copied, beside whatever is computed."""
+        """Where weights are copied that are used later, beside whatever is computed."""
+        ...
+
+    @property
+    def urgent_stream(self) -> Hashable:
+        """Where weights are copied that are needed now, so that they do not come after those."""
+        ...
+
+    @property
+    def memory_stream(self) -> Hashable:
+        """Where nothing is done but waiting, for former uses of memory that was given up."""
         ...
 
     def current_stream(self) -> Hashable:
@@ -73,10 +83,9 @@ class Device(Protocol):
         ...
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Memory (1-D, uint8) whose former uses may still go on in the copy stream.
+        """Memory (1-D, uint8), free when ``memory_stream`` has come as far as it is now.
 
-        It may be given up only when nothing but work of the copy stream can still use it. Raises
-        torch.cuda.OutOfMemoryError.
+        It may be given up when that stream waits for all that can still use it. Raises torch.OutOfMemoryError.
         """
         ...
 

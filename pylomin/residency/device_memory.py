@@ -23,8 +23,7 @@ class DeviceMemory:
     def __init__(self, device: Device, nbytes: int) -> None:
         self.device = device
         self.base = device.allocate(nbytes)
-        # It may have been used before, in the order of the copy stream.
-        self._fences: list[tuple[int, int, Event]] = [(0, nbytes, device.record(device.copy_stream))]
+        self._fences: list[tuple[int, int, Event]] = [(0, nbytes, device.record(device.memory_stream))]
 
     def fence(self, first: int, stop: int, event: Event) -> None:
         """Bytes ``[first, stop)`` are in use until ``event``."""
@@ -36,10 +35,10 @@ class DeviceMemory:
         return [event for begin, end, event in self._fences if begin < stop and first < end and not event.query()]
 
     def __del__(self) -> None:
-        # The allocator hands it out again in the order of the copy stream.
+        # The allocator hands it out again in the order of this stream.
         if not sys.is_finalizing():
             for _, _, event in getattr(self, "_fences", ()):
-                self.device.wait(self.device.copy_stream, event)
+                self.device.wait(self.device.memory_stream, event)
 
 
 class DeviceBytes:

@@ -19,6 +19,7 @@ from pylomin.io.placed import Placement, place
 from pylomin.residency.carrier import Carrier, Shipment, carrier_to
 from pylomin.residency.device import is_streamed_to
 from pylomin.residency.device_memory import Arrival, DeviceBytes
+from pylomin.residency.readers import Readers
 from pylomin.residency.unpacking import Unpacking
 from pylomin.residency.weight import Layout, Source, Weight, steps_of
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
@@ -26,6 +27,7 @@ from pylomin.store.extents import StoredWeight, read_placed
 
 Attach = Callable[[torch.Tensor], None]
 
+ALONE = Readers()
 MANY_RUNS = 16  # of a weight, from which on a mapping is cheaper than a read for each
 SMALL_READ_BYTES = 64 << 10  # 64 KiB; so little is copied faster than it is mapped, and not worth a direct read
 
@@ -231,12 +233,23 @@ def _from_file(
 class Room:
     """Memory for a list of pieces, and what brings them there. What is not used goes back when this object dies."""
 
-    __slots__ = ("_buffers", "_conversions", "_decoded", "_drop_cache", "_packed", "_shipped", "arrivals", "places")
+    __slots__ = (
+        "_buffers",
+        "_conversions",
+        "_decoded",
+        "_drop_cache",
+        "_packed",
+        "_readers",
+        "_shipped",
+        "arrivals",
+        "places",
+    )
 
-    def __init__(self, places: Places, *, drop_cache: bool = False) -> None:
+    def __init__(self, places: Places, *, drop_cache: bool = False, readers: Readers = ALONE) -> None:
         self.places = places
         self.arrivals: tuple[Arrival, ...] = ()  # of what was loaded, for each device
         self._drop_cache = drop_cache
+        self._readers = readers
         self._buffers: list[Any] = []  # for each file
         self._packed: ctypes.Array[ctypes.c_char] | None = None
         self._shipped: list[DeviceBytes] = []  # for each shipment
@@ -279,28 +292,31 @@ class Room:
             self._conversions.append(attach)
         return True
 
-    def load(self) -> list[torch.Tensor]:
+    def load(self, *, urgent: bool = False) -> list[torch.Tensor]:
         """Read and convert; one tensor for each piece, in the execution layout. Once; needs no lock.
 
         On a device they need not be there yet: what uses them calls :meth:`use` first.
+
+        Args:
+            urgent: somebody waits. On a device, they come before what is read ahead.
         """
         # Loading is no part of what surrounds it: transforms, and modes that watch or fake operations.
         with torch._C._DisableFuncTorch():
             if not torch._C._len_torch_dispatch_stack():  # the common case; importing what disables modes is slow
-                return self._load()
+                return self._load(urgent)
             with _disable_current_modes():
-                return self._load()
+                return self._load(urgent)
 
     def use(self) -> None:
         """What this thread begins from now on finds the tensors there."""
         for arrival in self.arrivals:
             arrival.use()
 
-    def _load(self) -> list[torch.Tensor]:
+    def _load(self, urgent: bool) -> list[torch.Tensor]:
         try:
             if not self.places.carriers:
                 return self._read_and_convert()
-            return self._load_on_devices()
+            return self._load_on_devices(urgent)
         except BaseException as error:
             raise without_frames(error)  # noqa: B904
         finally:
@@ -314,13 +330,14 @@ class Room:
             self._convert(tensors)
         return tensors
 
-    def _load_on_devices(self) -> list[torch.Tensor]:
-        """In the copy streams; where nothing has to be copied, in the current ones, which wait for no copy."""
+    def _load_on_devices(self, urgent: bool) -> list[torch.Tensor]:
+        """In streams for copies; where nothing has to be copied, in the current ones, which wait for no copy."""
         shipped_to = {shipment.carrier for shipment in self.places.shipments}
         with ExitStack() as streams:
             for carrier in self.places.carriers.values():
                 if carrier in shipped_to:
-                    streams.enter_context(carrier.device.on(carrier.device.copy_stream))
+                    device = carrier.device
+                    streams.enter_context(device.on(device.urgent_stream if urgent else device.copy_stream))
             tensors = self._read_and_convert()
             for carrier in self.places.carriers.values():
                 # Also of what was only on the way, and is free again: its uses end with this, too.
@@ -350,7 +367,9 @@ class Room:
         with torch.inference_mode(False), torch.no_grad():
             for shipment, shipped in zip(places.shipments, self._shipped, strict=True):
                 target = shipped.begin()
-                shipment.carrier.ship(shipment, places.to_read, target, drop_cache=self._drop_cache)
+                shipment.carrier.ship(
+                    shipment, places.to_read, target, drop_cache=self._drop_cache, readers=self._readers
+                )
                 for i, offset in zip(shipment.pieces, shipment.offsets, strict=True):
                     placed[i] = (shipped, offset)
             return [_tensor(piece, where) for piece, where in zip(places.to_read, placed, strict=True)]
@@ -435,8 +454,13 @@ def _announce(piece: Piece) -> None:
 
 
 def try_reserve(
-    pool: BufferPool, places: Places, *, from_window: bool = False, drop_cache: bool = False
+    pool: BufferPool,
+    places: Places,
+    *,
+    from_window: bool = False,
+    drop_cache: bool = False,
+    readers: Readers = ALONE,
 ) -> Room | None:
     """Room for the pieces, or None where the budget leaves none."""
-    room = Room(places, drop_cache=drop_cache)
+    room = Room(places, drop_cache=drop_cache, readers=readers)
     return room if room.try_take(pool, from_window=from_window) else None

@@ -50,6 +50,15 @@ def memory_limits(root: str | os.PathLike[str] = "/") -> MemoryLimits:
     return MemoryLimits(min(limits, default=None), tightest.available_bytes, tightest.source)
 
 
+def anonymous_bytes(root: str | os.PathLike[str] = "/") -> int:
+    """What this process has in memory that is no part of a file; 0 where the system does not say."""
+    try:
+        status = (Path(root) / "proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    return _kib(status, "RssAnon") or 0
+
+
 def _of_cgroups(root: Path) -> Iterator[_Bound]:
     for group in limited_cgroups(root):
         used, limit = format_bytes(group.used_bytes), format_bytes(group.limit_bytes)

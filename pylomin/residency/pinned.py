@@ -12,7 +12,7 @@ import weakref
 
 import torch
 
-from pylomin.io.buffers import PAGE_BYTES, PRIVATE, aligned
+from pylomin.io.buffers import PAGE_BYTES, aligned, anonymous_memory
 from pylomin.residency.device import Device
 from pylomin.residency.limits import format_bytes
 
@@ -26,7 +26,7 @@ class PinnedMemory:
 
     def __init__(self, device: Device, nbytes: int, *, what: str) -> None:
         self.nbytes = aligned(nbytes, PAGE_BYTES)
-        self.pages = mmap.mmap(-1, self.nbytes, flags=PRIVATE)
+        self.pages = anonymous_memory(self.nbytes)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.pages))
         # Pages that nothing was written to are one page of zeros; pinning gives each its memory.
         refusal = device.pin(self.address, self.nbytes)

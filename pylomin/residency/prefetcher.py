@@ -19,7 +19,7 @@ from pylomin.residency.trace import Key
 from pylomin.residency.weight import State, Weight
 
 if TYPE_CHECKING:
-    from pylomin.residency.residency import Residency
+    from pylomin.residency.run_reads import RunReads
 
 SMALL_GROUP_BYTES = 256 << 10  # 256 KiB; reading so little inline is quicker than waking a thread for it
 FORK_CHECK_S = 1.0  # who waits for the thread looks so often whether this is the process that has it
@@ -59,7 +59,7 @@ class Prefetcher:
         if self._thread is not None:
             _end(self._queue, self._thread, os.getpid())
 
-    def schedule(self, residency: Residency) -> None:
+    def schedule(self, residency: RunReads) -> None:
         """Start reading what is used next. Under the residency's lock.
 
         Never takes memory from what is needed now: what finds no room is read when it is used.
@@ -87,7 +87,7 @@ class Prefetcher:
                 job.abandon()
                 raise
 
-    def reserve(self, residency: Residency, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+    def reserve(self, residency: RunReads, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
         """Memory for what :meth:`submit` is given to read; None where there is none now. Under the residency's lock."""
         return _reserve_ahead(residency, weights, places, residency.tiles_bytes)
 
@@ -96,7 +96,7 @@ class Prefetcher:
         self._start_thread()
         self._queue.put(job)
 
-    def read_run(self, residency: Residency, weight: Weight, run: tuple[int, int]) -> RunAhead | None:
+    def read_run(self, residency: RunReads, weight: Weight, run: tuple[int, int]) -> RunAhead | None:
         """Start reading one run of a weight for somebody who comes for it; None if it should not be read ahead.
 
         Under the residency's lock.
@@ -114,7 +114,7 @@ class Prefetcher:
         self.submit(ahead)
         return ahead
 
-    def _wanted(self, residency: Residency) -> dict[Key, list[Weight]]:
+    def _wanted(self, residency: RunReads) -> dict[Key, list[Weight]]:
         retention = residency.retention
         # A device copies in the order of requests: what is not requested ahead comes after all that is.
         least_bytes = 1 if residency.carriers else SMALL_GROUP_BYTES
@@ -143,7 +143,7 @@ class _Job:
     """One background read."""
 
     under_way: set[_Job]  # of its prefetcher; this is in it until it has finished or was abandoned
-    residency: Residency
+    residency: RunReads
     weights: Sequence[Weight]
     room: loading.Room
 
@@ -180,7 +180,7 @@ class _Job:
 class RunAhead:
     """One run of a weight that is read in the background, for one caller."""
 
-    def __init__(self, residency: Residency, room: loading.Room) -> None:
+    def __init__(self, residency: RunReads, room: loading.Room) -> None:
         self._residency = residency
         self._room = room
         self._pid = os.getpid()
@@ -201,7 +201,9 @@ class RunAhead:
             self._done.release()
 
     def values(self) -> torch.Tensor | None:
-        """The elements, waited for; None in a forked child, where nobody reads. Called once.
+        """The elements, waited for; None where they have to be read again. Called once.
+
+        So it is in a forked child, where nobody reads, and where the device had no memory left.
 
         Raises what the read raised.
         """
@@ -210,6 +212,8 @@ class RunAhead:
             if os.getpid() != self._pid:
                 return None
         self._residency.waited(time.perf_counter() - started)
+        if isinstance(self._error, torch.cuda.OutOfMemoryError):  # of what converting takes; to be tried again
+            return None
         if self._error is not None:
             raise self._error
         self._room.use()
@@ -218,7 +222,7 @@ class RunAhead:
 
 
 def _reserve_ahead(
-    residency: Residency, weights: Sequence[Weight], places: loading.Places, other_bytes: int
+    residency: RunReads, weights: Sequence[Weight], places: loading.Places, other_bytes: int
 ) -> loading.Room | None:
     """Memory for what is read ahead; None unless ``other_bytes`` stay free beside it."""
     room_bytes = residency.room_ahead_bytes()

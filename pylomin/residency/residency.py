@@ -7,36 +7,37 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from pylomin.errors import BudgetError, ScratchError, without_frames
+from pylomin.errors import ScratchError
 from pylomin.io.buffers import BufferPool
 from pylomin.io.modes import Mode
 from pylomin.residency import loading
-from pylomin.residency.contents import Contents, Loaded
-from pylomin.residency.device_errors import capture_error, device_is_full
+from pylomin.residency.contents import Loaded
+from pylomin.residency.device_errors import SPARE_SHARE
 from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
-from pylomin.residency.limits import format_bytes
-from pylomin.residency.overlay import Overlay
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
+from pylomin.residency.readers import Readers
 from pylomin.residency.recording import Measured, Recording
+from pylomin.residency.run_reads import RunReads
 from pylomin.residency.stats import Stats
 from pylomin.residency.tiling import tile_rows
 from pylomin.residency.trace import Key
-from pylomin.residency.turns import Group, Run, Turns
+from pylomin.residency.turns import Group
 from pylomin.residency.waiting import Waiter
-from pylomin.residency.weight import ResidentParameter, State, Weight, dense_layout, used_from
+from pylomin.residency.weight import State, Weight, dense_layout, used_from
+from pylomin.residency.writes import Writes
 from pylomin.store.scratch import ScratchDirectory
 
 RESIDENT = State.RESIDENT  # looked up in every forward
-GRACE = 2  # looks in vain before giving up: another thread may be just about to drop its last reference
+COMPUTING_SHARE = 4  # of what weights have, so much is left to computing when it found too little
 
 
-class Residency(Contents):
+class Residency(RunReads, Writes):
     """The weights of one model that are offloaded: brings them in, counts them, lets them go.
 
     References go one way: tensors hold weights, weights hold their residency. It knows its weights only by index, so
@@ -46,37 +47,15 @@ class Residency(Contents):
     def __init__(self, memory_budget: int | None = None) -> None:
         super().__init__(memory_budget)
         self.scratch: ScratchDirectory | None = None
-        self.choices: dict[str, str] = {}  # what `fit` chose, and why
-        self._overlay = Overlay()
         self._hold_class: type[Hold] = Hold
-        self._holders: dict[int, int] = {}  # holds by thread
-        # Threads that wait for memory, and whether they still need to.
-        self._waiting: dict[int, Callable[[], bool]] = {}
-        self._waiters: list[Waiter] = []
         self._plan(())
         _all.add(self)
 
     # -- settings and counters --------------------------------------------------------------------------------------
 
-    def set_budget(self, memory_budget: int | None) -> None:
-        """Takes effect now: what is idle and no longer fits leaves."""
-        with self.lock:
-            while memory_budget is None or self.pool.in_use_bytes() > memory_budget:
-                if not self._evict_one():
-                    break
-            self.pool.set_limit(memory_budget)
-            self._choose_reading()
-            self._plan(self.retention.order)
-
     def _stream_to(self, device: torch.device) -> None:
         super()._stream_to(device)
         self._hold_class = DeviceHold
-
-    def refuse_capture(self) -> None:
-        """Raises TraceError where a CUDA graph is captured."""
-        for carrier in self.carriers.values():
-            if carrier.device.is_capturing():
-                raise capture_error()
 
     def set_reading_mode(self, mode: Mode | None) -> None:
         """Read in this mode, wherever it is possible; None: in the one that suits."""
@@ -85,16 +64,16 @@ class Residency(Contents):
             self._choose_reading()
             self._plan(self.retention.order)
 
+    def set_readers(self, count: int) -> None:
+        """Let so many threads read the weights that go to a device."""
+        with self.lock:
+            self.readers = Readers(count)
+
     def set_depth(self, depth: int | None) -> None:
         """Read this many large groups ahead; None: as many as the plan's window holds, 0: none."""
         self.exchange_prefetcher(Prefetcher(depth) if depth != 0 else None)
         with self.lock:
             self._plan(self.retention.order)
-
-    @property
-    def prefetcher(self) -> Prefetcher | None:
-        """What reads in the background."""
-        return self._prefetcher
 
     def exchange_prefetcher(self, other: Prefetcher | None) -> None:
         """Read with ``other`` from now on; what was read ahead by the one before leaves."""
@@ -117,10 +96,6 @@ class Residency(Contents):
                 peak_bytes=self.pool.peak_bytes,
                 pinned_bytes=sum(carrier.ring_bytes for carrier in self.carriers.values()),
             )
-
-    @property
-    def is_recording(self) -> bool:
-        return self._recording is not None
 
     def start_recording(self) -> None:
         """Record uses, of all threads, until :meth:`stop_recording`."""
@@ -154,6 +129,7 @@ class Residency(Contents):
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
         clone.scratch = self.scratch
+        clone.readers = Readers(self.readers.count)
         clone.set_depth(self._prefetcher.fixed_depth if self._prefetcher is not None else 0)
         return clone
 
@@ -218,7 +194,7 @@ class Residency(Contents):
             missed = True
             started = time.perf_counter()
             try:
-                tensors = claim.load()
+                tensors = claim.load(urgent=True)
             except torch.cuda.OutOfMemoryError as error:
                 is_full = self._device_was_full(hold, claim.places, error, again=is_full)
                 continue
@@ -236,23 +212,9 @@ class Residency(Contents):
         with self.lock:
             claimed, hold.claimed = hold.claimed, []
             self.load_failed(claimed)
-            self._make_room_on_device(claimed, places, error, again=again)
+            used_bytes = self._make_room_on_device(claimed, places, error, again=again)
+            self.lower_budget(used_bytes, share=SPARE_SHARE)
         return True
-
-    def _make_room_on_device(
-        self, weights: Sequence[Weight], places: loading.Places, error: BaseException, *, again: bool
-    ) -> None:
-        """Under the lock: whatever is not in use leaves. Raises BudgetError where that was not enough the last time."""
-        if again:
-            raise device_is_full(weights, places, self.pool.in_use_bytes(), self.memory_budget) from error
-        while self._evict_one():
-            pass
-        self.pool.trim()
-
-    def finish(self, room: loading.Room) -> None:
-        """The host waits for what was loaded; only while a pass is measured, so that times are those of copies."""
-        for arrival in room.arrivals:
-            arrival.finish()
 
     def release(self, hold: Hold) -> None:
         """The end of a hold, also of one that failed half-way. Writes made meanwhile go to the overlay."""
@@ -282,6 +244,13 @@ class Residency(Contents):
         hold.weights = whole if changed else hold.weights
         return changed
 
+    def make_room_for_computing(self) -> None:
+        """A computation on a device found no memory: what is idle leaves, of other models, too."""
+        self.lower_budget(self.leave_device(), share=COMPUTING_SHARE)
+        for other in list(_all):
+            if other is not self and not other.carriers.keys().isdisjoint(self.carriers):
+                other.leave_device()
+
     def load_private(self, weight: Weight) -> torch.Tensor:
         """All values, in a tensor that nobody else sees."""
         with self.hold([weight]), torch.inference_mode(False), torch.no_grad():
@@ -294,65 +263,6 @@ class Residency(Contents):
             with self.hold(weight.parts):
                 return self._load_runs(weight, runs)
         return self._load_runs(weight, runs)
-
-    def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        turns = self.turns
-        if turns is None or turns.here() is None or len(runs) > 1 or not Run.is_worth_sharing(weight, runs):
-            return self._read_runs(weight, runs)
-        run = Run(self, weight, tuple(runs))
-        self._take_turns(turns, run)
-        values = turns.share(run)
-        if values is None:
-            values = self._read_runs(weight, runs)
-            turns.give(run, values)
-        return values
-
-    def _take_turns(self, turns: Turns, need: Group | Run) -> None:
-        """In lockstep: let others run until ``need`` is there, or is to be loaded by this thread."""
-        worker, me = turns.here(), threading.get_ident()
-        if worker is None:  # another thread's forward
-            return
-        with self.lock:
-            self._waiting[me] = _always  # who runs now need not wait for the memory that this thread holds
-        try:
-            turns.pause(worker, need)
-        finally:
-            with self.lock:
-                self._waiting.pop(me, None)
-
-    def _read_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        if self.carriers:
-            self.refuse_capture()
-        is_full = False
-        while True:
-            room = self._room_for_runs(weight, runs)
-            started = time.perf_counter()
-            try:
-                values = room.load()[0]
-            except torch.cuda.OutOfMemoryError as error:
-                with self.lock:
-                    self._make_room_on_device([weight], room.places, error, again=is_full)
-                is_full = True
-                continue
-            room.use()
-            read_s = time.perf_counter() - started
-            with self.lock:
-                self.run_was_read(room.places, read_s)
-                if room.places.read_bytes:
-                    self._stats.stall_s += read_s
-            return values
-
-    def _room_for_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> loading.Room:
-        me, waiter = threading.get_ident(), Waiter()
-        while True:
-            with self.lock:
-                places = self.places_of_runs(weight, runs)
-                room = self._find_room([weight], places, lambda: True, me, waiter)
-                if room is not None:
-                    self._stop_waiting(me, waiter)
-                    return room
-                waiter.enlist(self._waiters)
-            waiter.wait()
 
     def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
@@ -371,29 +281,6 @@ class Residency(Contents):
                         ahead = self._prefetcher.read_run(self, weight, runs[i + 1])
             yield values
             del values
-
-    def run_was_read(self, places: loading.Places, read_s: float) -> None:
-        with self.lock:
-            if places.read_bytes:
-                self._stats.loads += 1
-                self._stats.bytes_read += places.read_bytes
-                self._stats.read_s += read_s
-
-    def waited(self, seconds: float) -> None:
-        """Of a forward, for a run that is read in the background."""
-        with self.lock:
-            self._stats.stall_s += seconds
-
-    def write(self, weight: Weight, values: torch.Tensor) -> None:
-        """Replace the values. The store that they came from is not touched."""
-        waiter = Waiter()
-        while True:
-            with self.lock:
-                if weight.state is not State.LOADING:
-                    self._write(weight, values)
-                    return
-                waiter.enlist(self._waiters)
-            waiter.wait()
 
     def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
         """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
@@ -458,42 +345,6 @@ class Residency(Contents):
         if self._prefetcher is not None:
             self._prefetcher.schedule(self)
 
-    def load_started(self, weights: Iterable[Weight], *, in_background: bool = False) -> None:
-        self._stats.prefetched += in_background
-        for weight in weights:
-            weight.state = State.LOADING
-
-    def load_finished(
-        self, weights: Sequence[Weight], room: loading.Room, tensors: Sequence[torch.Tensor], read_s: float
-    ) -> None:
-        places = room.places
-        loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes, bool(weights[0].parts))
-        loaded.arrivals = room.arrivals
-        self._in_memory[loaded] = None
-        if not any(weight.holds for weight in weights):
-            self._ahead[loaded] = None
-        with torch._C._DisableFuncTorch(), torch.inference_mode(False):
-            for weight, tensor in zip(weights, tensors, strict=True):
-                weight.tensor = ResidentParameter(tensor, requires_grad=False)
-                weight.loaded_version = weight.tensor._version
-                weight.loaded = loaded
-                weight.state = State.RESIDENT
-        if loaded.is_unpacked:
-            self._unpacked_bytes += loaded.nbytes
-        else:
-            self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
-        if places.read_bytes:
-            self._stats.bytes_read += places.read_bytes
-            self._stats.read_s += read_s
-        self._wake()
-
-    def load_failed(self, weights: Iterable[Weight]) -> None:
-        for weight in weights:
-            if weight.state is State.LOADING:
-                weight.tensor = weight.twin = weight.loaded = None
-                weight.state = State.OFFLOADED
-        self._wake()
-
     def _unpin(self, hold: Hold) -> None:
         # An interrupt is delivered at calls: between any two of them this can stop, and be taken up again.
         while hold.pinned:
@@ -523,108 +374,7 @@ class Residency(Contents):
         if self._waiters:
             self._wake()
 
-    def _find_room(
-        self,
-        weights: Sequence[Weight],
-        places: loading.Places,
-        needed: Callable[[], bool],
-        thread_id: int,
-        waiter: Waiter | None,
-    ) -> loading.Room | None:
-        """Memory for what is missing; None if the caller has to wait for it, as long as ``needed``."""
-        is_full = False
-        while True:
-            room = self.reserve_in_window(weights, places) or loading.try_reserve(
-                self.pool, places, drop_cache=self.reading.drop_cache
-            )
-            if room is not None:
-                self._waiting.pop(thread_id, None)
-                return room
-            if self.pool.refusal is not None:
-                self._make_room_on_device(weights, places, self.pool.refusal, again=is_full)
-                is_full = True
-                continue
-            if not self._evict_one():
-                break
-        # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
-        exact = loading.Places(places.pieces, "buffered")
-        room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped")
-        if room is not None:
-            self._waiting.pop(thread_id, None)
-            return room
-        in_background = self._prefetcher is not None and self._prefetcher.in_flight
-        if waiter is not None and not in_background and all(t == thread_id or self._waits(t) for t in self._holders):
-            waiter.hopeless += 1
-            if waiter.hopeless > GRACE:
-                raise self._over_budget(weights, exact)
-        self._waiting[thread_id] = needed
-        return None
-
-    def _waits(self, thread_id: int) -> bool:
-        needed = self._waiting.get(thread_id)
-        return needed is not None and needed()
-
-    def _stop_waiting(self, thread_id: int, waiter: Waiter | None) -> None:
-        self._waiting.pop(thread_id, None)
-        if waiter is not None:
-            self._stats.stall_s += time.perf_counter() - waiter.started
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter.wake()
-
-    def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
-        largest = max(weights, key=lambda weight: weight.nbytes)
-        needed_bytes = places.peak_bytes
-        used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0
-        return BudgetError(
-            f"weight '{largest.name}' needs {format_bytes(needed_bytes)} of memory now, but memory_budget is {budget} "
-            f"({format_bytes(budget)}), of which {format_bytes(used_bytes)} are in use by weights that a running "
-            "forward holds or by tensors that outlive their use (an autograd graph, a saved reference, an exception's "
-            f"traceback). Use memory_budget of at least {used_bytes + needed_bytes}, or run under torch.no_grad()."
-        )
-
-    def read_on(self) -> None:
-        """Under the lock: a background read has finished, and another can be begun."""
-        if self._prefetcher is not None and self.retention.schedule is not None:
-            self._prefetcher.schedule(self)
-
-    # -- writes -----------------------------------------------------------------------------------------------------
-
-    def _keep_writes(self, weight: Weight, tensor: torch.Tensor) -> ScratchError | None:
-        """A forward that wrote to its resident weight wrote to the weight; or did not, and here is why."""
-        weight.loaded_version = tensor._version
-        try:
-            self._redirect(weight, tensor)
-        except ScratchError as error:
-            weight.loaded.spoiled = True
-            without_frames(error)
-            return error
-        return None
-
-    def _write(self, weight: Weight, values: torch.Tensor) -> None:
-        self._redirect(weight, values)
-        if weight.tensor is None:
-            return
-        if not self._is_held(weight.loaded):
-            self._drop(weight.loaded)
-        else:  # a forward that runs now sees the new values, as it would in an ordinary model
-            for arrival in weight.loaded.arrivals:
-                arrival.use()
-            with torch.no_grad():
-                weight.tensor.copy_(values)
-            weight.loaded_version = weight.tensor._version
-
-    def _redirect(self, weight: Weight, values: torch.Tensor) -> None:
-        """From now on the weight's bytes are a copy of ``values`` that is this model's own."""
-        layout = weight.layout
-        weight.source = self._overlay.keep(weight, values, layout)
-        weight.writes += 1
-        weight.parts = ()
-        weight.conversions = () if weight.source.layout == layout else (layout,)
-        weight.shared = None
-        weight.error = None  # it was about bytes that nobody needs any more
+    # -- forks ------------------------------------------------------------------------------------------------------
 
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
@@ -632,6 +382,7 @@ class Residency(Contents):
         self._waiters, self._waiting, self.turns = [], {}, None
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self._prefetcher.fixed_depth) if self._prefetcher is not None else None
+        self.readers = Readers(self.readers.count)
         # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
         self.pool = BufferPool(self.memory_budget)
         with self.lock:
@@ -655,10 +406,6 @@ class Residency(Contents):
 def resident_bytes_of_all() -> int:
     """Of all models in this process."""
     return sum(residency.pool.asked_bytes() for residency in list(_all))
-
-
-def _always() -> bool:
-    return True
 
 
 def _any_offloaded(weights: Sequence[Weight]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from queue import Empty, SimpleQueue
 
 import torch
@@ -20,19 +21,20 @@ class Slot:
     One that is merely dropped is free again, too: an interrupt can arrive between any two lines.
     """
 
-    __slots__ = ("_device", "_free", "event", "offset_bytes")
+    __slots__ = ("_device", "_free", "event", "offset_bytes", "stream")
 
     def __init__(self, free: SimpleQueue[Slot], device: Device, offset_bytes: int, event: Event | None) -> None:
         self._free: SimpleQueue[Slot] | None = free
         self._device = device
         self.offset_bytes = offset_bytes
         self.event = event  # when the last copies from it have ended
+        self.stream: Hashable | None = None  # in which copies from it are begun now; None: nobody may yet
 
     def release(self) -> None:
-        """Copies from it were begun in the copy stream; it may be overwritten when they have ended."""
+        """Copies from it were begun in ``stream``; it may be overwritten when they have ended."""
         free, self._free = self._free, None
         if free is not None:
-            event = self._device.record(self._device.copy_stream)
+            event = self.event if self.stream is None else self._device.record(self.stream)
             free.put(Slot(free, self._device, self.offset_bytes, event))
 
     def forget(self) -> None:
@@ -53,6 +55,7 @@ class Ring:
 
     def __init__(self, device: Device, slot_bytes: int = SLOT_BYTES, slots: int = SLOTS) -> None:
         self.slot_bytes = slot_bytes
+        self._device = device
         # A queue, for no interrupt can leave it locked.
         self._free: SimpleQueue[Slot] = SimpleQueue()
         for number in range(slots):
@@ -65,9 +68,13 @@ class Ring:
         return self.memory.nbytes
 
     def take(self) -> Slot:
-        """A slot to be overwritten. The host waits, if it must, for copies from it to end, or for another thread."""
+        """A slot to be overwritten, and copied from in the stream that is the current one.
+
+        The host waits, if it must, for copies from it to end, or for another thread to release one.
+        """
         slot = self._free.get()
         self._wait(slot)
+        slot.stream = self._device.current_stream()
         return slot
 
     def _wait(self, slot: Slot) -> None:

@@ -23,7 +23,7 @@ from pylomin.residency.prefetcher import FORK_CHECK_S, SMALL_GROUP_BYTES, Prefet
 from pylomin.residency.weight import State, Weight
 
 if TYPE_CHECKING:
-    from pylomin.residency.residency import Residency
+    from pylomin.residency.run_reads import RunReads
 
 Runs = tuple[tuple[int, int], ...]
 Key = tuple[Any, ...]
@@ -62,7 +62,7 @@ class Worker:
 class Group:
     """Weights that a hold needs together."""
 
-    def __init__(self, residency: Residency, weights: Sequence[Weight]) -> None:
+    def __init__(self, residency: RunReads, weights: Sequence[Weight]) -> None:
         self.residency = residency
         self.weights = [weight for weight in weights if weight.state is not State.RESIDENT]
         self.key: Key = tuple([weight.index for weight in self.weights])
@@ -91,7 +91,7 @@ class Group:
 class Run:
     """A run of elements of one weight, which several workers use as it is."""
 
-    def __init__(self, residency: Residency, weight: Weight, runs: Runs) -> None:
+    def __init__(self, residency: RunReads, weight: Weight, runs: Runs) -> None:
         self.residency, self.weights, self.runs = residency, [weight], runs
         self.key: Key = (weight.index, weight.writes, runs)
         self.values: torch.Tensor | None = None  # in the one that others share
@@ -333,8 +333,8 @@ class ReadAhead:
 class StepReader(Prefetcher):
     """Reads ahead what it is told to, and not what is predicted."""
 
-    def schedule(self, residency: Residency) -> None:
+    def schedule(self, residency: RunReads) -> None:
         """Nothing: see :class:`ReadAhead`."""
 
-    def read_run(self, residency: Residency, weight: Weight, run: tuple[int, int]) -> None:
+    def read_run(self, residency: RunReads, weight: Weight, run: tuple[int, int]) -> None:
         """Nothing: a worker that read for itself would read what others read, too."""

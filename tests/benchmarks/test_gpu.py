@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.common import ROOT, WorkerRun
+from benchmarks import gpu as gpu_module
+from benchmarks import gpu_device, gpu_work, readers, suite
+from benchmarks.common import ROOT, WorkerError, WorkerRun
 from benchmarks.gpu import LLAMAS, REQUIRED
 from benchmarks.gpu_rows import PEERS, Task, against_peers, overlap, rows_of, tasks
 from benchmarks.gpu_work import llama, size_of
 from benchmarks.plots import plot_speed_against_device_memory, plot_timeline
 from benchmarks.tables import table
+from pylomin.residency import device as devices
 from tests.benchmarks.test_tables import result
+from tests.residency.fake_device import FAKE, FakeDevice, computing_on_the_host, installed, shuffled
 
 GIB = 1 << 30
 
@@ -113,5 +119,87 @@ def test_without_a_gpu_it_says_so() -> None:
     assert "measures a CUDA device" in done.stderr
 
 
+class HostAsGpu:
+    """In the place of :class:`benchmarks.gpu_device.Gpu`: a fake device, and the clock of the host."""
+
+    device, name = FAKE, "no GPU"
+
+    def __init__(self, fake: FakeDevice) -> None:
+        self._fake = fake
+
+    def synchronize(self) -> None:
+        self._fake.finish()
+
+    def reset_peak(self) -> None:
+        """Its memory is not counted by torch."""
+
+    def peak_bytes(self) -> int:
+        return self._fake._used_bytes + 1
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def ms_between(self, first: float, last: float) -> float:
+        return 1e3 * (last - first)
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_all_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row, in this process, with a fake device: from checkpoints to tables and pictures."""
+    fake, directory = computing_on_the_host(shuffled(0)), tmp_path / "checkpoints"
+    monkeypatch.setattr(gpu_device, "gpu", HostAsGpu(fake))
+    monkeypatch.setattr(suite, "DIRECTORY", directory)
+    monkeypatch.setattr(gpu_module, "tasks", lambda: [task for task in tasks() if task.batch == 1])
+    monkeypatch.setattr(gpu_work, "BERT_TOKENS", 16)
+
+    def in_this_process(arguments: list[str], *, timeout_s: float) -> WorkerRun:
+        assert arguments[:4] == ["-m", "benchmarks.gpu", "--size", "tiny"]
+        task = Task(**json.loads(arguments[-1]))
+        try:
+            report = gpu_module.work(task, "tiny", options.directory("gpu"))
+        except Exception as error:
+            raise WorkerError(f"{type(error).__name__}: {error}") from error
+        return WorkerRun(json.loads(json.dumps(report)), [(time.time() - 1e-3, GIB), (report.get("started_s", 0), GIB)])
+
+    monkeypatch.setattr(gpu_module, "run_worker", in_this_process)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "gpu.py"), "--size", "tiny"])
+    options = suite.Options("gpu", "tiny", 1, time.perf_counter() + 600, tmp_path, publish=False, worker=None)
+    with installed(fake, slot_bytes=1 << 20, slots=4):
+        gpu_module.measure(options, options.directory("gpu"))
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    rows = {row["variant"]: row for row in written["rows"]}
+    failed = {name: row["error"] for name, row in rows.items() if "error" in row}
+    # Peers need a device that torch itself tells from the host.
+    assert not [name for name in failed if not any(peer in name for peer in PEERS)], failed
+    assert len(rows) == len([task for task in tasks() if task.batch == 1]) - 2
+    for name, row in rows.items():
+        if "pylomin" in name:
+            assert row["difference"] <= 0.1, name
+            assert row["ledger_peak_bytes"] <= row["budget_bytes"], name
+            assert "75%" in name or "100%" in name or row["copied_bytes_per_pass"] > 0, name
+    assert written["bandwidth_bytes_per_s"] > 0
+    assert written["timeline"]["copies_ms"]
+    assert written["timeline"]["layers_ms"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("gpu.png", "gpu_timeline.png"))
+    assert "decode: pylomin from host memory, 25% of weights" in capsys.readouterr().out
+
+
 def test_names_say_what_is_run() -> None:
     assert Task("decode", "pylomin", "cpu", 0.5).name == "decode: pylomin from host memory, 50% of weights"
+
+
+def test_the_ring_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "DIRECTORY", tmp_path / "checkpoints")
+    monkeypatch.setattr(suite.signal, "signal", lambda *_: None)  # of the process that runs the tests
+    arguments = ["--size", "tiny", "--rounds", "2", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "readers.py"), *arguments])
+    try:
+        readers.main()
+    finally:
+        devices.provide(readers.NOWHERE, None)
+    rows = json.loads((tmp_path / "readers.json").read_text())["rows"]
+    assert [row["variant"] for row in rows][:2] == ["cold, direct, 1 thread", "cold, direct, 2 threads"]
+    assert all(row["bytes_per_s"]["median"] > 0 for row in rows)
+    assert "times one thread" in capsys.readouterr().out

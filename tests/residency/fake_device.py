@@ -31,6 +31,7 @@ from pylomin.residency.device import Bytes, Event
 from pylomin.residency.loading import Room
 
 FAKE = torch.device("cpu", 1)
+OWN_STREAMS = ("copy", "urgent", "memory")  # others are those that are computed in
 POISON = 0xFF  # NaN, in every floating-point dtype
 
 Schedule = Callable[[list[str]], str | None]
@@ -44,11 +45,11 @@ def lazy(streams: list[str]) -> str | None:
 
 def copies_first(streams: list[str]) -> str | None:
     """Copies run at once, computations when they must."""
-    return "copy" if "copy" in streams else None
+    return next((stream for stream in streams if stream in OWN_STREAMS), None)
 
 
 def computes_first(streams: list[str]) -> str | None:
-    others = [stream for stream in streams if stream != "copy"]
+    others = [stream for stream in streams if stream not in OWN_STREAMS]
     return others[0] if others else None
 
 
@@ -77,8 +78,10 @@ class FakeDevice:
     schedule: Schedule = lazy
     pins: bool = True
     capacity_bytes: int = 1 << 40
-    is_eager: bool = False  # the host computes: who waits in another stream than that of copies waits on the host
+    is_eager: bool = False  # the host computes: who waits in a stream that is computed in waits on the host
     copy_stream: Hashable = "copy"
+    urgent_stream: Hashable = "urgent"
+    memory_stream: Hashable = "memory"
     capturing: bool = False
     failures: list[str] = field(default_factory=list)
     pinned: dict[int, int] = field(default_factory=dict)
@@ -86,7 +89,9 @@ class FakeDevice:
     host_waits: int = 0
 
     def __post_init__(self) -> None:
-        self._queues: dict[str, deque[FakeEvent | Callable[[], object]]] = {"copy": deque(), "compute": deque()}
+        self._queues: dict[str, deque[FakeEvent | Callable[[], object]]] = {
+            stream: deque() for stream in (*OWN_STREAMS, "compute")
+        }
         self._current = threading.local()
         self._lock = threading.RLock()
         self._free: list[mmap.mmap] = []
@@ -108,7 +113,7 @@ class FakeDevice:
 
     def record(self, stream: Hashable) -> Event:
         event = FakeEvent(self)
-        if self.is_eager and stream != "copy":
+        if self.is_eager and stream not in OWN_STREAMS:
             event.done = True
         else:
             self.begin(lambda: setattr(event, "done", True), stream)
@@ -116,7 +121,7 @@ class FakeDevice:
 
     def wait(self, stream: Hashable, event: Event) -> None:
         assert isinstance(event, FakeEvent)
-        if self.is_eager and stream != "copy":
+        if self.is_eager and stream not in OWN_STREAMS:
             self.run_until(event)
             return
         with self._lock:
@@ -154,8 +159,8 @@ class FakeDevice:
         part = (ctypes.c_char * nbytes).from_buffer(memory)
         weakref.finalize(part, self._freed, memory)
         address = ctypes.addressof(part)
-        # Whoever has it next may write to it in the order of the copy stream.
-        self.begin(partial(ctypes.memset, address, POISON, nbytes), "copy")
+        # Whoever has it next may write to it in the order of this stream.
+        self.begin(partial(ctypes.memset, address, POISON, nbytes), "memory")
         return torch.frombuffer(part, dtype=torch.uint8)
 
     def tensor(self, of: Bytes) -> torch.Tensor:
@@ -264,19 +269,22 @@ def computing_on_the_host(schedule: Schedule = lazy, **settings: Any) -> FakeDev
 
 
 @contextmanager
-def installed(device: FakeDevice, *, slot_bytes: int = 2 * mmap.PAGESIZE, slots: int = 2) -> Iterator[Carrier]:
-    """``device`` is what ``FAKE`` stands for, with a small ring; nothing of it is left afterwards."""
+def installed(
+    device: FakeDevice, *, at: torch.device = FAKE, slot_bytes: int = 2 * mmap.PAGESIZE, slots: int = 2
+) -> Iterator[Carrier]:
+    """``device`` is what ``at`` stands for, with a small ring; nothing of it is left afterwards."""
 
     def after_copies(method: Callable[..., Any]) -> Callable[..., Any]:
         def run(room: Room, tensors: list[torch.Tensor]) -> Any:
             # Converting and decoding run at once, as all operations here do, but in the order of their stream.
             device.drain(device.current_stream())
+            device.drain(device.memory_stream)
             return method(room, tensors)
 
         return run
 
-    devices.provide(FAKE, lambda _: device)
-    carrier = carriers._carriers[FAKE] = Carrier(device, slot_bytes=slot_bytes, slots=slots)
+    devices.provide(at, lambda _: device)
+    carrier = carriers._carriers[at] = Carrier(device, slot_bytes=slot_bytes, slots=slots)
     try:
         with (
             patch.object(Room, "_convert", after_copies(Room._convert)),
@@ -288,5 +296,5 @@ def installed(device: FakeDevice, *, slot_bytes: int = 2 * mmap.PAGESIZE, slots:
         assert device.failures == []
     finally:
         pinned._said.clear()
-        devices.provide(FAKE, None)
-        carriers._carriers.pop(FAKE, None)
+        devices.provide(at, None)
+        carriers._carriers.pop(at, None)

@@ -217,6 +217,16 @@ def _release_without_event(slot: Slot) -> None:
         free.put(Slot(free, slot._device, slot.offset_bytes, None))
 
 
+def _release_after_other_copies(slot: Slot) -> None:
+    free, slot._free = slot._free, None
+    if free is not None:
+        free.put(Slot(free, slot._device, slot.offset_bytes, slot._device.record(slot._device.copy_stream)))
+
+
+def _keep_for_other_copies(carrier: Carrier, source: torch.Tensor) -> None:
+    carrier._sources.append((carrier.device.record(carrier.device.copy_stream), [source]))
+
+
 def _given_up_without_waiting(memory: DeviceMemory) -> None:
     pass
 
@@ -228,6 +238,8 @@ def _no_fences(memory: DeviceMemory, first: int, stop: int) -> list[object]:
 WRONG: dict[str, tuple[type, str, Callable[..., object]]] = {
     "slots are overwritten before their event": (Ring, "_wait", _nothing),
     "slots have no event": (Slot, "release", _release_without_event),
+    "slots have the event of another stream": (Slot, "release", _release_after_other_copies),
+    "host memory is kept for another stream": (Carrier, "_keep", _keep_for_other_copies),
     "computations do not wait for copies": (Arrival, "use", _nothing),
     "nobody knows what computes with a block": (Carrier, "take_back", _nothing),
     "copies do not wait for computations": (DeviceMemory, "fences", _no_fences),

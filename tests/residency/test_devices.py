@@ -119,6 +119,11 @@ def test_the_budget_that_is_named_works(device: FakeDevice) -> None:
     device.capacity_bytes = 300 << 10
     with torch.no_grad():
         assert torch.equal(model(x), expected), "what is idle left for what came"
+    budget = pylomin.stats(model).memory_budget
+    assert budget is not None
+    assert budget <= device.capacity_bytes, "or every pass would come to a device that is full"
+    assert "lowered from 16.0 MiB" in only_residency(model).choices["budget"]
+    pylomin.set_memory_budget(model, "16MiB")
     # Held at once, they cannot leave.
     residency = only_residency(model)
     weights = list(residency._weights.values())
@@ -354,3 +359,55 @@ def test_no_such_device() -> None:
 def test_one_carrier_for_each_device() -> None:
     with installed(computing_on_the_host(shuffled(0))) as carrier:
         assert carrier_to(FAKE) is carrier
+
+
+def host_with(available_bytes: int | None) -> memory_limits.MemoryLimits:
+    return memory_limits.MemoryLimits(None, available_bytes, "a test")
+
+
+@pytest.mark.parametrize(
+    ("available_bytes", "ordinary_bytes", "place"),
+    [
+        (4 << 30, 0, "cpu"),
+        (4 << 30, 1 << 30, "cpu"),
+        ((256 << 20) + (32 << 10), 0, "disk"),  # less than what is left for other things, and one chunk
+        ((256 << 20) + (600 << 10), 0, "disk"),  # the weights are pages of a file, say, and would be in memory twice
+        ((256 << 20) + (600 << 10), 1 << 30, "cpu"),  # they are in ordinary memory, and move
+        (None, 0, "disk"),
+    ],
+)
+def test_fit_chooses_where_weights_go(
+    device: FakeDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    available_bytes: int | None,
+    ordinary_bytes: int,
+    place: str,
+) -> None:
+    monkeypatch.setattr("pylomin.passes.fit.memory_limits", lambda: host_with(available_bytes))
+    monkeypatch.setattr("pylomin.passes.fit.anonymous_bytes", lambda: ordinary_bytes)
+    model = pylomin.fit(built(), "1MiB", device=FAKE)
+    assert torch.equal(run(model), EXPECTED)
+    is_in_memory = model.up.weight.weight.source.memory is not None
+    assert is_in_memory == (place == "cpu")
+    assert pylomin.plan_of(model).choices["storage"].startswith("host memory" if is_in_memory else "disk")
+
+
+def test_fit_puts_weights_where_it_is_told(device: FakeDevice, tmp_path: Path) -> None:
+    for storage, is_in_memory in (("disk", False), ("cpu", True)):
+        model = pylomin.fit(built(), "1MiB", device=FAKE, storage=storage)  # type: ignore[arg-type]
+        assert (model.up.weight.weight.source.memory is not None) is is_in_memory
+        assert "storage" not in pylomin.plan_of(model).choices
+        assert torch.equal(run(model), EXPECTED)
+    model = pylomin.fit(built(), "1MiB", device=FAKE, output_dir=tmp_path / "weights")
+    assert (tmp_path / "weights" / "model.safetensors").exists()
+    with pytest.raises(PassError, match="storage is 'ram'"):
+        pylomin.fit(built(), "1MiB", device=FAKE, storage="ram")  # type: ignore[arg-type]
+    assert "storage" not in pylomin.plan_of(pylomin.fit(built(), "1MiB")).choices, "on the host"
+
+
+def test_ordinary_memory_of_this_process(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    assert memory_limits.anonymous_bytes(tmp_path) == 0
+    (tmp_path / "proc/self/status").write_text("VmSize:\t  99 kB\nRssAnon:\t  12 kB\nRssFile:\t 5 kB\n")
+    assert memory_limits.anonymous_bytes(tmp_path) == 12 << 10
+    assert memory_limits.anonymous_bytes() > 0
