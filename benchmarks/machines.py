@@ -151,7 +151,7 @@ def simulated(of_shapes: list[Shape], runs: Mapping[str, list[WorkerRun]]) -> di
     """Medians of what was measured, what follows from them, and how far that is from measured passes."""
 
     def median(part: str, key: str) -> float:
-        return statistics.median(run.report[key] for run in runs[part])
+        return float(statistics.median(run.report[key] for run in runs[part]))
 
     timed: dict[str, dict[tuple[int, int, int], list[float]]] = {}
     for run in runs["linears"]:
