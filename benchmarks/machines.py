@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import pylomin
 from benchmarks.common import WorkerRun
 from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES
-from benchmarks.llama import NEEDED_BYTES, checkpoint, offloaded, prepare, resident, run_benchmark
+from benchmarks.llama import NEEDED_BYTES, checkpoint, prepare, resident, run_benchmark
 from benchmarks.machines_rows import (
     ASSUMED_NETWORKS,
     Network,
@@ -30,7 +32,7 @@ from benchmarks.machines_rows import (
     rows_of,
     tensor_parallel,
 )
-from benchmarks.machines_work import disk, linears, loopback
+from benchmarks.machines_work import linears, loopback, read_latency
 from benchmarks.passes import Report
 from benchmarks.plots import plot_speed_against_machines
 from benchmarks.rows import pass_s
@@ -68,12 +70,11 @@ def work(part: str, tokens: int, size: str, config: LlamaConfig, directory: Path
     if part == "linears":
         return {"linears": linears(linears_of(shapes(size, config), TOKENS), size)}
     if part == "disk":
-        return disk(checkpoint(directory), PIECE_BYTES)
+        return read_latency(checkpoint(directory), PIECE_BYTES)
     if part == "loopback":
         return loopback()
     report = Report(None if part == "resident" else checkpoint(directory), piece_bytes=PIECE_BYTES)
-    decoder = resident(config, directory) if part == "resident" else offloaded(config, directory, BUDGETS[size])
-    model = decoder.model
+    model = resident(config, directory).model if part == "resident" else streamed(config, directory, BUDGETS[size])
     assert model is not None
     inputs = torch.randint(3, config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
 
@@ -87,6 +88,14 @@ def work(part: str, tokens: int, size: str, config: LlamaConfig, directory: Path
         report.measure_disk(model)
         report.passes(run, PASSES, model)
         return report.finish(run, model)
+
+
+def streamed(config: LlamaConfig, directory: Path, memory_budget: int) -> nn.Module:
+    """Read as it is simulated: directly, in the background, one group after the other."""
+    model = pylomin.load(
+        lambda: LlamaForCausalLM(config), checkpoint(directory), memory_budget=memory_budget, reading_mode="direct"
+    )
+    return pylomin.prefetch(model).eval()
 
 
 def variants(size: str) -> list[Variant]:
@@ -161,7 +170,9 @@ def simulated(of_shapes: list[Shape], runs: Mapping[str, list[WorkerRun]]) -> di
         dtype: {kind: statistics.median(seconds) for kind, seconds in kinds.items()} for dtype, kinds in timed.items()
     }
     small, (bandwidth, latency_s) = of_shapes[0], ("bandwidth_bytes_per_s", "latency_s")
-    costs = Costs(median("disk", bandwidth), median("disk", latency_s))
+    # As it was beside the passes that the simulation is compared with.
+    beside = [one for tokens in TOKENS for run in runs[name_of("pylomin", tokens)] for one in run.report[bandwidth]]
+    costs = Costs(statistics.median(beside), median("disk", latency_s))
     loop = Network("loopback", median("loopback", bandwidth), median("loopback", latency_s))
     passes_s = {
         part: {tokens: statistics.median(map(pass_s, runs[name_of(part, tokens)])) for tokens in TOKENS}

@@ -43,12 +43,12 @@ def linears(kinds: list[tuple[str, int, int, int]], size: str) -> list[tuple[str
     return found
 
 
-def disk(file: Path, piece_bytes: int) -> dict[str, float]:
-    """Bandwidth of cold, direct reads one after the other, and the time that a read takes beside it."""
+def read_latency(file: Path, piece_bytes: int) -> dict[str, float]:
+    """What a cold, direct read takes longer than its bytes do at the bandwidth of large ones."""
     bandwidth = disk_bandwidth(file, "direct", piece_bytes)
     small_bytes = max(4096, piece_bytes // 44)  # 1 MiB
     small_s = small_bytes / disk_bandwidth(file, "direct", small_bytes)
-    return {"bandwidth_bytes_per_s": bandwidth, "latency_s": max(0.0, small_s - small_bytes / bandwidth)}
+    return {"latency_s": max(0.0, small_s - small_bytes / bandwidth)}
 
 
 def loopback() -> dict[str, float]:
