@@ -194,8 +194,8 @@ def simulated(of_shapes: list[Shape], runs: Mapping[str, list[WorkerRun]]) -> di
             row["measured_s"] = passes_s["pylomin"][row["tokens"]]
             row["relative_error"] = row["simulated_s"] / row["measured_s"] - 1
     times = Times(linear_s[small.dtype], rest_s, costs)
-    one = tensor_parallel(small, 1, 1, times, loop)
-    two = tensor_parallel(small, 2, 1, times.shared_by(2), loop)
+    one = tensor_parallel(small, 1, TOKENS[-1], times, loop)
+    two = tensor_parallel(small, 2, TOKENS[-1], times.shared_by(2), loop)
     return {
         "rows": rows,
         "two_processes": {"simulated": one.elapsed_s / two.elapsed_s},
@@ -212,8 +212,10 @@ def speedup_of_two(path: Path) -> float | None:
     """What two processes of this machine gained over one in benchmarks.tensor_parallel, where that has been run."""
     if not path.exists():
         return None
-    times_s = {row["processes"]: row["pass_s"]["median"] for row in json.loads(path.read_text())["rows"]}
-    return float(times_s[1] / times_s[2])
+    times_s = {
+        row["variant"]: row["pass_s"]["median"] for row in json.loads(path.read_text())["rows"] if "pass_s" in row
+    }
+    return float(times_s["one rank"] / times_s["two ranks"])
 
 
 if __name__ == "__main__":
