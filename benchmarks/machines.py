@@ -92,7 +92,7 @@ def work(part: str, tokens: int, size: str, config: LlamaConfig, directory: Path
 
 def streamed(config: LlamaConfig, directory: Path, memory_budget: int) -> nn.Module:
     """Read as it is simulated: directly, in the background, one group after the other."""
-    model = pylomin.load(
+    model: nn.Module = pylomin.load(
         lambda: LlamaForCausalLM(config), checkpoint(directory), memory_budget=memory_budget, reading_mode="direct"
     )
     return pylomin.prefetch(model).eval()
