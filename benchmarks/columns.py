@@ -39,6 +39,11 @@ def quantile(name: str) -> Cell:
     return lambda row: f"{row['over'][name]:.3f}" if "over" in row else NOTHING
 
 
+def speedup(network: str) -> Cell:
+    """Over one machine, with this network."""
+    return lambda row: f"{row['speedups'][network]:.3g}" if "speedups" in row else NOTHING
+
+
 def grown(row: Mapping[str, Any]) -> str:
     """Growth of the process over what it had after its imports."""
     if "peak_process_bytes" not in row:
@@ -237,6 +242,18 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("speed", median("bytes_per_s", "{:.2f} GB/s", factor=1e-9, spread=True)),
         ("times one thread", median("times_one", "{:.2f}", spread=True)),
     ],
+    "machines": [
+        ("a machine reads", mebibytes("read_bytes")),
+        ("resident", value("resident_share", "{:.0%}")),
+        ("computing", value("compute_s", "{:.3g} s")),
+        ("all-reduces, 25 GbE", value("communication_s", "{:.2g} s")),
+        ("time of a pass", value("simulated_s", "{:.3g} s")),
+        ("bound", value("least_s", "{:.3g} s")),
+        ("× bound", value("times_least", "{:.2f}")),
+        *((f"times as fast, {network}", speedup(network)) for network in ("10 GbE", "25 GbE", "100 GbE", "loopback")),
+        ("pipeline", value("pipeline_speedup", "{:.3g}")),
+        ("measured", value("measured_s", "{:.3g} s")),
+    ],
     "gpu": [
         ("budget", mebibytes("budget_bytes")),
         ("time of a pass", PASS_S),
@@ -297,6 +314,16 @@ def caption(name: str, result: Mapping[str, Any]) -> str:
     for pair, ratio in result.get("speed_ratios", {}).items():
         spread = f"{ratio['smallest']:.2f}–{ratio['largest']:.2f}"
         lines.append(f"Speed, {pair}: {ratio['median']:.2f} ({spread}).")
+    compared = [row for row in rows if "relative_error" in row]
+    for row in compared:
+        lines.append(f"{row['variant']}, simulated against measured: {row['relative_error']:+.1%}.")
+    if "two_processes" in result:
+        two = result["two_processes"]
+        lines.append(f"Two processes that share this machine, simulated: {two['simulated']:.2f} times as fast as one.")
+        if two["measured"] is not None:
+            lines.append(
+                f"Measured by benchmarks.tensor_parallel, another shape without a budget: {two['measured']:.2f}."
+            )
     if "never_slower_than_float32" in result:
         slower = "never slower" if result["never_slower_than_float32"] else "**slower**"
         lines.append(f"Quantised weights are {slower} than float32 ones at any budget by more than the rounds differ.")

@@ -86,6 +86,39 @@ def plot_speed_against_device_memory(rows: Sequence[Mapping[str, Any]], path: Pa
     _save(figure, axes, path)
 
 
+def plot_speed_against_machines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw how many times as fast as one machine, for the passes of one token: a panel for each model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(models) + 1.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        shown = [row for row in rows if row["shape"] == model and row["tokens"] == 1]
+        machines = [row["machines"] for row in shown]
+        axes.plot(machines, machines, label="in proportion", color="0.7", linewidth=1)
+        axes.plot(
+            machines, [row["bound_speedup"] for row in shown], label="bound, 25 GbE", color=COLOURS[0], linestyle="--"
+        )
+        for network, colour, marker in zip(shown[0]["speedups"], COLOURS[1:], MARKERS, strict=False):
+            speedups = [row["speedups"][network] for row in shown]
+            axes.plot(machines, speedups, label=network, color=colour, marker=marker, markersize=5, linewidth=1.4)
+        staged = [(row["machines"], row["pipeline_speedup"]) for row in shown if "pipeline_speedup" in row]
+        axes.plot(*zip(*staged, strict=True), label="pipeline, 25 GbE", color=COLOURS[-2], marker="X", linewidth=1.4)
+        if held := [row["machines"] for row in shown if row["resident_share"] > 1 - 1e-9]:
+            axes.axvline(held[0], color="0.5", linestyle=":", linewidth=1.2, label="nothing is read any more")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(machines, [str(count) for count in machines])
+        axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}")
+        axes.set(xlabel="machines", ylabel="times as fast as one", title=f"{model}, one token a pass")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def plot_timeline(copies_ms: Sequence[Sequence[float]], layers_ms: Sequence[Sequence[float]], path: Path) -> None:
     """Draw when copies and layers ran on the device, one above the other."""
     figure, axes = _figure()

@@ -42,6 +42,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "lockstep": "32 inputs in lockstep, beside one at a time",
             "lora": "A step of LoRA fine-tuning under a budget of 300 MiB",
             "readers": "Threads that fill the ring which weights pass through on their way to a GPU",
+            "machines": "2 to 64 machines, in simulation from what one of them does",
             "gpu": "A CUDA device: speed and memory of models that stream from disk and from host memory",
         }.items()
     },

@@ -1,6 +1,6 @@
 """Markdown tables from result files.
 
-``python -m benchmarks.tables`` puts them into README.md and docs/benchmarks.md, between ``<!-- table: NAME -->`` and
+``python -m benchmarks.tables`` puts them into README.md and pages of docs/, between ``<!-- table: NAME -->`` and
 ``<!-- end of table -->``; with ``--check`` it changes nothing and fails if they are stale.
 """
 
@@ -19,7 +19,7 @@ from benchmarks.goals import HEADER, goal_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "benchmarks.md")
+PAGES = (README, ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "machines.md")
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -108,6 +108,7 @@ def table(name: str, result: Mapping[str, Any]) -> str:
 PICTURES = {
     "bert": ("Process memory over time, one line per variant", "results/bert-memory.png"),
     "decode": ("Tokens per second against the budget, beside the bound and the peers", "results/decode.png"),
+    "machines": ("Times as fast as one machine against the number of machines, by network", "results/machines.png"),
 }
 
 
@@ -153,7 +154,7 @@ def fill_all() -> None:
 
 
 def main() -> None:
-    """Fill in the tables of README.md and docs/benchmarks.md, or check them."""
+    """Fill in the tables of the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
     if not parser.parse_args().check:

@@ -127,6 +127,7 @@ def test_goals_read_every_kind_of_result() -> None:
         "export_onnx": [{"process_cpu_s": 1.0, "peak_bytes": 1, "onnx_bytes": 1}],
         "onramps": [{**variants[-1], "peak_growth_bytes": 1}],
         "save": [{"added_bytes": 1}],
+        "machines": [{"relative_error": -0.1}],
         "from_pretrained": [{"allowed_bytes": 1, **{f"{step}_added_bytes": 1 for step in OUR_STEPS}}],
     }
     everything["speed_ratios"]["remote, second pass ÷ local file"] = SPREAD
