@@ -116,10 +116,7 @@ def _make_class(cls: type[nn.Module]) -> type[nn.Module]:
             if residency.carriers:
                 run = functools.partial(computing, self, group, args, kwargs)
                 return computed(run, group[0], functools.partial(module_refusal, self, cls))
-            if not torch.is_grad_enabled():
-                return cls.forward(self, *args, **kwargs)
-            with saving_pointers(group):
-                return cls.forward(self, *args, **kwargs)
+            return computing(self, group, args, kwargs)
 
     def computing(self: nn.Module, group: list[Weight], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
