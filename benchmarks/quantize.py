@@ -8,7 +8,6 @@ quantises, then only reads the source, only writes as much as the result has, an
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,14 @@ from benchmarks.common import Spread, run_worker, status_bytes
 from benchmarks.disk import drop_caches
 from benchmarks.suite import finish, parse, save
 from pylomin.errors import StoreWriteError
+from pylomin.io.buffers import anonymous_memory
 from pylomin.io.files import WeightFile
 from pylomin.quantize.packing import SCHEMES
 from pylomin.store.disk import DiskWriter
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
 BLOCK_BYTES = 4 << 20  # 4 MiB
+READ_BYTES = 32 << 20  # 32 MiB
 ALLOWED_BYTES = 64 << 20  # beside twice the largest weight
 Shapes = dict[str, tuple[int, ...]]
 
@@ -111,9 +112,9 @@ def plain_s(source: Path | None, target: Path, nbytes: int) -> float:
 
 def _read(path: Path) -> None:
     file = WeightFile(path)
-    with mmap.mmap(-1, BLOCK_BYTES) as buffer:
-        for position in range(0, file.size_bytes, BLOCK_BYTES):
-            file.read_direct(position, min(BLOCK_BYTES, file.size_bytes - position), memoryview(buffer))
+    buffer = memoryview(anonymous_memory(READ_BYTES))  # huge pages, as for everything that pylomin reads directly
+    for position in range(0, file.size_bytes, READ_BYTES):
+        file.read_direct(position, min(READ_BYTES, file.size_bytes - position), buffer)
     file.close()
 
 

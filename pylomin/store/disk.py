@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pylomin.errors import OutputExistsError, ScratchError, StoreWriteError
-from pylomin.io.buffers import PRIVATE
+from pylomin.io.buffers import anonymous_memory
 from pylomin.io.direct import refuses, set_direct
 
 _WRITE_BYTES = 1 << 26  # 64 MiB per call: macOS refuses 2 GiB, and Ctrl-C should not wait for long
@@ -167,7 +167,7 @@ class _DirectFile(GrowingFile):
         while done < len(view):
             if self._block is None:
                 full = len(self._writes) == _BLOCKS - 1
-                self._block = self._written_block() if full else mmap.mmap(-1, _BLOCK_BYTES, flags=PRIVATE)
+                self._block = self._written_block() if full else anonymous_memory(_BLOCK_BYTES)
             part = view[done : done + _BLOCK_BYTES - self._filled_bytes]
             self._block[self._filled_bytes : self._filled_bytes + len(part)] = part
             self._filled_bytes += len(part)

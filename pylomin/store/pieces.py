@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from pylomin.io.buffers import PAGE_BYTES
+from pylomin.io.buffers import PAGE_BYTES, aligned, anonymous_memory
 from pylomin.io.modes import CACHED
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import ExtentStore, StoredWeight, read_direct
@@ -40,7 +40,7 @@ def read_pieces(store: WeightStore, name: str) -> Iterator[torch.Tensor]:
     for number, start in enumerate(range(0, numel, step)):
         nbytes = min(step, numel - start) * itemsize
         if len(buffers) < 2:  # the size of the first piece is that of the largest
-            buffers.append(_page_aligned(nbytes + (2 * PAGE_BYTES if cold else 0)))
+            buffers.append(_buffer(nbytes + (2 * PAGE_BYTES if cold else 0), cold is not None))
         buffer = buffers[number % 2]
         if cold:
             offset = (cold.extent.start + start * itemsize) % PAGE_BYTES
@@ -99,7 +99,8 @@ def _cold(store: WeightStore, name: str) -> StoredWeight | None:
     return weight if fraction is not None and fraction < CACHED else None
 
 
-def _page_aligned(nbytes: int) -> torch.Tensor:
-    raw = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, device="cpu")
-    skipped = -raw.data_ptr() % PAGE_BYTES
-    return raw[skipped : skipped + nbytes]
+def _buffer(nbytes: int, cold: bool) -> torch.Tensor:
+    """Memory that begins with a page; for direct reads of huge pages, into which they are half as fast again."""
+    if cold:
+        return torch.frombuffer(anonymous_memory(aligned(nbytes, PAGE_BYTES)), dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
