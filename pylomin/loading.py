@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
+from pylomin.lazy.distributed import check_distributed, mesh_device
 from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
 from pylomin.residency.device import execution_device
@@ -86,6 +87,8 @@ def load(
         store = renamed(store, key_map=key_map, prefix=prefix)
     model, registered = _build(model_fn)
     ties = find_ties(slots_of(model))
+    check_distributed(model, [(tie.fqn, tie.owned) for tie in ties])
+    compute_device = mesh_device([tie.owned for tie in ties], compute_device)
     if isinstance(store, CallableStore):
         store.expect(expected_infos(model, ties, dtype), cast=dtype is not None)
     sources, missing = matched_sources(ties, store, cast=dtype is not None)

@@ -16,6 +16,7 @@ from pylomin.io.descriptor import Descriptor, open_weight_file
 from pylomin.io.direct import DirectAccess, fill_direct, open_direct, refuses
 from pylomin.io.mapping import copy_ranges, fault_in, mapped_bytes, show_pages
 from pylomin.io.reading import fill, pieces
+from pylomin.io.scattered import fill_scattered
 
 _DROPPED_BYTES = 1 << 24  # 16 MiB; what a read that drops its pages has in the page cache at one time
 _CHECKED_BYTES = 1 << 20  # 1 MiB at a time when a mapping failed and a read is to say why
@@ -184,6 +185,21 @@ class WeightFile:
                 self._raise_unless_complete(first, last - first, 0, error)
             self._check_unchanged(descriptor.fd)
             return True
+        finally:
+            del descriptor
+
+    def read_scattered(self, extents: Sequence[Extent], buffer: memoryview) -> None:
+        """Fill ``buffer`` with extents, one after the other, whose pages alone are read of the disk.
+
+        Raises:
+            StoreReadError, StoreChangedError: as :meth:`read`.
+        """
+        descriptor = self._opened()
+        try:
+            self._check_unchanged(descriptor.fd)
+            start, count, error = fill_scattered(descriptor.fd, [(e.start, e.stop) for e in extents], buffer)
+            if start >= 0:
+                self._raise_unless_complete(start, count + 1, count, error)
         finally:
             del descriptor
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
 from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
+from pylomin.lazy.distributed import is_distributed, local_of, with_local
 from pylomin.lazy.fused import fused_linear
 from pylomin.lazy.rnn import LazyRNN
 from pylomin.lazy.tensor import OffloadedTensor
@@ -35,7 +36,7 @@ class LazyModule(nn.Module):
         if value is None:
             value = super().__getattr__(name)
         if type(value) is not OffloadedTensor:
-            return value
+            return _resident_shard(value) if is_distributed(value) else value
         weight = value.weight
         tensor = weight.tensor
         if tensor is None or not weight.holds or not value.is_whole:
@@ -71,6 +72,19 @@ class LazyModule(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Hides the hook of the module's own class, which knows nothing of subclasses made by others."""
+
+
+def _resident_shard(value: Any) -> Any:
+    """A DTensor whose local shard is resident, around that; any other as it is."""
+    local = value._local_tensor
+    if type(local) is not OffloadedTensor or not local.is_whole:
+        return value
+    tensor = local.weight.tensor
+    if tensor is None or not local.weight.holds:
+        return value
+    shard = with_local(tensor.detach(), value)
+    # As for the twin of a parameter that is not distributed: kernels are chosen by it.
+    return shard.requires_grad_() if local.trainable and not torch.is_grad_enabled() and not is_tracing() else shard
 
 
 def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -123,6 +137,8 @@ def whole_weights(module: nn.Module) -> list[Weight]:
     weights: list[Weight] = []
     parameters: Iterable[torch.Tensor | None] = module._parameters.values()
     for parameter in parameters:
+        if parameter is not None and type(parameter) is not OffloadedTensor:
+            parameter = local_of(parameter)
         if isinstance(parameter, OffloadedTensor) and parameter.is_whole:
             weight = parameter.weight
             if weight not in weights and (not weights or weight.residency is weights[0].residency):
