@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -19,7 +20,8 @@ from pylomin.residency.weight import contiguous_stride
 from pylomin.store.selection import Interval, Selection, intervals_of
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 
 def is_distributed(tensor: object) -> TypeGuard[DTensor]:
@@ -33,18 +35,35 @@ def local_of(parameter: torch.Tensor) -> torch.Tensor:
     return parameter._local_tensor if is_distributed(parameter) else parameter
 
 
-def with_local(local: torch.Tensor, like: DTensor) -> DTensor:
-    """A DTensor like another, of whose shard here ``local`` has the values. It requires no grad."""
-    from torch.distributed.tensor import DTensor
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a tensor is distributed."""
 
-    shape, stride = like.size(), tuple(like.stride())
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size  # of the whole tensor
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: DTensor) -> Sharding:
+        return Sharding(tensor.device_mesh, tuple(tensor.placements), tensor.size(), tuple(tensor.stride()))
+
+    def around(self, local: torch.Tensor) -> DTensor:
+        """The tensor of which ``local`` is this rank's shard. It requires no grad."""
+        from torch.distributed.tensor import DTensor
+
+        with torch.no_grad():
+            return DTensor.from_local(
+                local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+            )
+
+
+def with_local(local: torch.Tensor, like: DTensor) -> DTensor:
+    """A DTensor distributed as another, of whose shard here ``local`` has the values. It requires no grad."""
+    sharding = Sharding.of(like)
     if local.is_contiguous():
-        stride = contiguous_stride(tuple(shape))
-    # Outside of autograd: what it is made of requires no grad, and no graph is wanted.
-    with torch.no_grad():
-        return DTensor.from_local(
-            local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
-        )
+        sharding = replace(sharding, stride=contiguous_stride(tuple(sharding.shape)))
+    return sharding.around(local)
 
 
 def distributed_parameter(local: torch.Tensor, like: DTensor, *, requires_grad: bool = False) -> Any:
