@@ -40,6 +40,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "fit": "What fit predicts against what is measured",
             "lockstep": "32 inputs in lockstep, beside one at a time",
             "lora": "A step of LoRA fine-tuning under a budget of 300 MiB",
+            "tensor_parallel": "Bytes that each of two ranks reads of a model that is sharded over them",
             "gpu": "A CUDA device: speed and memory of models that stream from disk and from host memory",
         }.items()
     },
