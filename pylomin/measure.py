@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from pylomin.errors import PassError
 from pylomin.io.buffers import observe
-from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.distributed import local_of
+from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.residency import resident_bytes_of_all
 from pylomin.residency.stats import Stats

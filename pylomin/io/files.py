@@ -76,6 +76,7 @@ class WeightFile:
         self._change_was_raised = False
         # While views of a private file exist, this process may write other weights to the same bytes.
         self._map_refusal = None if watched else "this process writes to it"
+        self._in_parts = False
         self._direct: DirectAccess | None = None
         self._descriptor: Descriptor | None = open_weight_file(self.path)
         try:
@@ -88,6 +89,10 @@ class WeightFile:
     def size_bytes(self) -> int:
         """Size at opening."""
         return self._stamp.size_bytes
+
+    def expect_parts(self) -> None:
+        """Only parts of weights are read from here on, the rest of which is for other machines: map no more."""
+        self._in_parts = True
 
     def set_validation(self, is_mended: Callable[[Read], bool]) -> None:
         """Set who judges whether a changed file of the right size is mended; by default none is.
@@ -142,7 +147,7 @@ class WeightFile:
                     self._map_refusal = f"the file system refuses to map it: {error.strerror} (errno {error.errno})"
                 return False
             try:
-                fault_in(offset_bytes, nbytes, pages, at_bytes)
+                fault_in(offset_bytes, nbytes, pages, at_bytes, in_parts=self._in_parts)
             except OSError as error:
                 self._check_unchanged(descriptor.fd)
                 self._find_fault(descriptor.fd, offset_bytes, nbytes)

@@ -64,6 +64,7 @@ def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = Fal
         if is_distributed(parameter):
             shard = sliced(store, {tie.fqn: Part(name, selection_of(parameter))})
             sources.append(_stored_source(shard, tie.fqn))
+            expect_parts(sources[-1])
         else:
             sources.append(_stored_source(store, name))
     if mismatches:
@@ -72,6 +73,12 @@ def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = Fal
             "model; where only dtypes differ, use pylomin.load(..., dtype=...) or model.to(dtype)."
         )
     return sources, missing
+
+
+def expect_parts(source: Source) -> None:
+    """It is a shard: what lies beside it in its file is not read."""
+    if source.stored is not None:
+        source.stored.file.expect_parts()
 
 
 def _stored_source(store: WeightStore, name: str) -> Source:

@@ -77,7 +77,10 @@ def fit(
         budget, why = parse_bytes(memory_budget), "as given"
     if args is not None and not isinstance(args, (list, tuple)):
         raise PassError(f"args is a {type(args).__name__}; expected a list of positional arguments: args=[tokens].")
-    if any(not isinstance(local_of(parameter), OffloadedTensor) for parameter in model.parameters()) or weights is not None:
+    if (
+        any(not isinstance(local_of(parameter), OffloadedTensor) for parameter in model.parameters())
+        or weights is not None
+    ):
         lazy_loading(
             model,
             weights=weights,

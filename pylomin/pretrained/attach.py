@@ -10,6 +10,7 @@ from torch import nn
 from pylomin.io.files import Extent
 from pylomin.lazy.distributed import distributed_parameter, is_distributed
 from pylomin.lazy.offload import Tie, find_ties, offload, residency_for, slots_of
+from pylomin.lazy.sources import expect_parts
 from pylomin.pretrained.computed import ComputedStore
 from pylomin.pretrained.deferred import DeferredTensor, Stored
 from pylomin.residency.weight import Layout, Source, contiguous_stride
@@ -28,6 +29,9 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
     ties = [tie for tie in find_ties(slots_of(model)) if isinstance(tie.parameter, DeferredTensor)]
     tensors = {tie.fqn: tie.parameter for tie in ties if isinstance(tie.parameter, DeferredTensor)}
     sources = _sources(tensors)
+    for tie, source in zip(ties, sources, strict=True):
+        if is_distributed(tie.owned):
+            expect_parts(source)
     written = {name: tensor.evaluate() for name, tensor in tensors.items() if tensor.base.written is not None}
     for tie in ties:
         _leave_metadata_only(tie)

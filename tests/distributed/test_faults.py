@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import pylomin
 from tests.distributed.ranks import join, outputs, start
 from tests.distributed.test_tensor_parallel import distributed, tokens
 

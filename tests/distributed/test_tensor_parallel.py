@@ -168,7 +168,7 @@ def assert_shards(directory: Path, ranks: DeviceMesh, every: Any) -> None:
     path = directory / f"cube{dist.get_rank()}.safetensors"
     sources: list[Any] = [pylomin.save_store({"cube": values}, path, overwrite=True), {"cube": values}]
     torch.save({"cube": values}, path.with_suffix(".pt"))
-    sources += [path.with_suffix(".pt"), lambda module, names: {name: values for name in names}]
+    sources += [path.with_suffix(".pt"), lambda module, names: dict.fromkeys(names, values)]
     for placements in every:
         expected = distribute_tensor(values, ranks, placements, src_data_rank=None).to_local()
         for source in sources:
