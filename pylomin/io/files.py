@@ -91,7 +91,11 @@ class WeightFile:
         return self._stamp.size_bytes
 
     def expect_parts(self) -> None:
-        """Only parts of weights are read from here on, the rest of which is for other machines: map no more."""
+        """Only parts of weights are read from here on, the rest of which is for other machines.
+
+        The system reads ahead of a reader, here and there 8 MiB, and of who touches mapped pages. So what is wanted is
+        announced from now on, and found in the page cache.
+        """
         self._in_parts = True
 
     def set_validation(self, is_mended: Callable[[Read], bool]) -> None:
@@ -115,6 +119,7 @@ class WeightFile:
         descriptor = self._opened()
         try:
             self._check_unchanged(descriptor.fd)
+            self._announce_part(descriptor.fd, offset_bytes, sum(map(len, buffers)))
             self._fill(descriptor.fd, offset_bytes, buffers, drop_cache=drop_cache)
         finally:
             # A traceback keeps this frame; it must not keep the file open too.
@@ -146,8 +151,9 @@ class WeightFile:
                 if error.errno != errno.ENOMEM:  # there may be memory next time
                     self._map_refusal = f"the file system refuses to map it: {error.strerror} (errno {error.errno})"
                 return False
+            self._announce_part(descriptor.fd, offset_bytes, nbytes)
             try:
-                fault_in(offset_bytes, nbytes, pages, at_bytes, in_parts=self._in_parts)
+                fault_in(offset_bytes, nbytes, pages, at_bytes)
             except OSError as error:
                 self._check_unchanged(descriptor.fd)
                 self._find_fault(descriptor.fd, offset_bytes, nbytes)
@@ -320,6 +326,10 @@ class WeightFile:
         raise StoreChangedError(
             f"weight file {self.path!r} was changed after it was opened: expected {expected}, found {found}. {advice}"
         )
+
+    def _announce_part(self, fd: int, offset_bytes: int, nbytes: int) -> None:
+        if self._in_parts:
+            page_cache.read_ahead(fd, offset_bytes, nbytes)
 
     def _examine(self, fd: int) -> _Stamp:
         try:

@@ -30,14 +30,10 @@ def show_pages(fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_byt
         raise
 
 
-def fault_in(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int, *, in_parts: bool = False) -> None:
-    """Fault in what :func:`show_pages` mapped, ahead of use. OSError where a use would be a bus error.
-
-    Args:
-        in_parts: what lies before and after it is not used: huge pages would bring some MiB of that, too.
-    """
+def fault_in(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
+    """Fault in what :func:`show_pages` mapped, ahead of use. OSError where a use would be a bus error."""
     address, length = _place(offset_bytes, nbytes, pages, at_bytes)
-    if length >= HUGE_PAGE_BYTES and not in_parts:
+    if length >= HUGE_PAGE_BYTES:
         syscalls.prefer_huge_pages(address, length)
     syscalls.populate(address, length)
 

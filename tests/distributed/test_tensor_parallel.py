@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -218,6 +220,28 @@ def case_ties(directory: Path) -> None:
     model = pylomin.load(lambda: parallelize_module(Block(tied=True).eval(), ranks, unlike), path)
     assert model.head.weight.placements != model.words.weight.placements
     torch.testing.assert_close(model(tokens()), alone(tokens()))
+
+
+def stages(numbers: Any) -> nn.Module:
+    return nn.Sequential(OrderedDict((str(number), nn.Linear(32, 32)) for number in numbers))
+
+
+def case_pipeline(directory: Path) -> None:
+    """Stages of torch.distributed.pipelining: a rank reads its own layers of a file that has all."""
+    torch.manual_seed(0)
+    alone, rank = stages(range(4)), dist.get_rank()
+    path = pylomin.save_model(alone, directory / f"stages{rank}.safetensors")
+    mine = range(2 * rank, 2 * rank + 2)
+    names = stages(mine).state_dict().keys()
+    model = pylomin.load(lambda: stages(mine), path, key_map=lambda name: name if name in names else None)
+    hidden = torch.randn(4, 32)
+    part = torch.empty(2, 32)
+    stage = PipelineStage(model, rank, 2, torch.device("cpu"), input_args=(part,), output_args=(part,))
+    with torch.no_grad():
+        output = ScheduleGPipe(stage, 2).step(*([hidden] if rank == 0 else []))
+        if rank == 1:
+            torch.testing.assert_close(output, alone(hidden))
+    assert pylomin.stats(model).bytes_read == 2 * 2 * 4 * (32 * 32 + 32)  # two layers, for each of two batches
 
 
 class Counted(nn.Module):
