@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def rank_of(rank: int, ranks: int, meeting: str, config: LlamaConfig, directory:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timeout)
-    sharded = {"tp_plan": "auto", "tp_size": ranks} if ranks > 1 else {}
+    sharded: dict[str, Any] = {"tp_plan": "auto", "tp_size": ranks} if ranks > 1 else {}
     model = pylomin.from_pretrained(LlamaForCausalLM, directory, dtype=torch.float32, **sharded)
     report = Report()
     passes(model, config, report, directory)
@@ -137,12 +137,12 @@ def main() -> None:
     if options.worker is None:
         measure(options, config, directory)
         return
-    work: Callable[..., dict[str, Any]] = {
-        "rank": lambda **worker: rank_of(**worker, config=config, directory=directory),
-        "processes": lambda processes: together(processes, options.size),
-        "resident": lambda resident: in_memory(config, directory),
-    }[next(iter(options.worker))]
-    print(json.dumps(work(**options.worker)))
+    worker = options.worker
+    if "rank" in worker:
+        print(json.dumps(rank_of(**worker, config=config, directory=directory)))
+    else:
+        is_resident = "resident" in worker
+        print(json.dumps(in_memory(config, directory) if is_resident else together(worker["processes"], options.size)))
 
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:

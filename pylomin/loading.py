@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
-from pylomin.lazy.distributed import check_distributed, is_distributed, mesh_device
+from pylomin.lazy.distributed import Sharding, check_distributed, is_distributed, mesh_device
 from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
 from pylomin.residency.device import execution_device
@@ -201,8 +201,9 @@ def _ties_of(model: nn.Module, origins: Mapping[nn.Parameter, nn.Parameter]) -> 
     alike: dict[object, nn.Parameter] = {}
     for slot in slots_of(model):
         owned = slot.owned
-        if is_distributed(owned) and owned in origins:
-            key = (origins[owned], owned.device_mesh, owned.placements)
+        if owned in origins:
+            sharding = Sharding.of(owned)
+            key = (origins[owned], sharding.mesh, sharding.placements)
             slot.module._parameters[slot.name] = alike.setdefault(key, owned)
     ties = find_ties(slots_of(model))
     same: dict[nn.Parameter, list[str]] = {}

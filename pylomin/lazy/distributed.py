@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ class Sharding:
     stride: tuple[int, ...]
 
     @staticmethod
-    def of(tensor: DTensor) -> Sharding:
+    def of(tensor: torch.Tensor) -> Sharding:
+        assert is_distributed(tensor)
         return Sharding(tensor.device_mesh, tuple(tensor.placements), tensor.size(), tuple(tensor.stride()))
 
     def around(self, local: torch.Tensor) -> DTensor:
@@ -106,13 +107,13 @@ def _intervals_along(dim: int, tensor: DTensor) -> tuple[Interval, ...]:
     size, mesh = tensor.shape[dim], tensor.device_mesh
     placements: list[Any] = []
     for placement in tensor.placements:
-        along = getattr(placement, "dim", None)
+        along, kind = getattr(placement, "dim", None), cast(Any, type(placement))
         if along is None or along % tensor.dim() != dim:
             placements.append(Replicate())
         elif hasattr(placement, "split_factor"):
-            placements.append(type(placement)(0, split_factor=placement.split_factor))
+            placements.append(kind(0, split_factor=placement.split_factor))
         else:
-            placements.append(type(placement)(0))
+            placements.append(kind(0))
     if all(placement.is_replicate() for placement in placements):
         return ((0, size),)
     indices = torch.arange(size, device=mesh.device_type)

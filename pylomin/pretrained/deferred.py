@@ -222,8 +222,8 @@ def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | 
 
 def _sliced(view: DeferredTensor) -> Stored | None:
     """The bytes of a slice along any dimensions of a stored tensor, if ``view`` is one; they need not be one run."""
-    base, part = view.base, view.base.origin.part if isinstance(view.base.origin, Stored) else None
-    if part is None or view.dtype != base.dtype or not base.is_contiguous() or not view.numel():
+    base, origin = view.base, view.base.origin
+    if not isinstance(origin, Stored) or view.dtype != base.dtype or not base.is_contiguous() or not view.numel():
         return None
     if view.dim() != base.dim() or view.stride() != base.stride():
         return None
@@ -233,11 +233,12 @@ def _sliced(view: DeferredTensor) -> Stored | None:
         if first + size > whole:
             return None
         intervals.append(((first, first + size),))
+    part = origin.part
     store, name = part.store, part.name
     if part.offset_bytes or store.info(name).shape != tuple(base.shape):
-        store = VirtualStore({name: VirtualWeight(base.origin.dtype, tuple(base.shape), (part,))})
+        store = VirtualStore({name: VirtualWeight(origin.dtype, tuple(base.shape), (part,))})
     cut = sliced(store, {name: Slice(name, Selection(tuple(base.shape), tuple(intervals)))})
-    return Stored(Part(cut, name, 0, cut.info(name).nbytes), base.origin.dtype)
+    return Stored(Part(cut, name, 0, cut.info(name).nbytes), origin.dtype)
 
 
 def _joined(tensors: Sequence[Any], blocks: int, output: torch.Tensor) -> Stored | None:

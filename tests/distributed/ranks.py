@@ -57,8 +57,9 @@ def launch(module: str, ranks: int, directory: Path) -> dict[str, list[Any]]:
     Returns:
         For each case what each rank says of it: None, or the traceback of what it raised.
     """
-    for rank, (status, said) in enumerate(outputs(start("ranks", ranks, directory, module))):
-        assert status == 0, f"rank {rank}:\n{said}"
+    ended = outputs(start("ranks", ranks, directory, module))
+    said = "\n".join(f"rank {rank}:\n{text}" for rank, (_, text) in enumerate(ended))
+    assert not any(status for status, _ in ended), said
     found = [pickle.loads((directory / f"rank{rank}.pickle").read_bytes()) for rank in range(ranks)]
     return {name: [results[name] for results in found] for name in found[0]}
 
@@ -74,6 +75,7 @@ def main(rank: int, ranks: int, directory: str, module: str) -> None:
             case(Path(directory))
         except Exception:
             results[name] = traceback.format_exc()
+            print(name, results[name], flush=True)  # if the others, which did not raise, wait in vain
         dist.barrier()
     Path(directory, f"rank{rank}.pickle").write_bytes(pickle.dumps(results))
     dist.destroy_process_group()
