@@ -30,11 +30,16 @@ def case_of(name: str) -> Callable[[Path], None]:
     def case(directory: Path) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0", "WORLD_SIZE": str(dist.get_world_size())}
+        os.environ |= {
+            "RANK": str(dist.get_rank()),
+            "LOCAL_RANK": str(dist.get_rank()),
+            "WORLD_SIZE": str(dist.get_world_size()),
+        }
         family = BY_NAME[name]
         alone: Any = family.build()
-        path = directory / f"{name}{dist.get_rank()}"
-        alone.save_pretrained(path)
+        path = directory / name
+        alone.save_pretrained(path)  # which the first rank does
+        dist.barrier()
         model = pylomin.from_pretrained(type(alone), path, tp_plan="auto", tp_size=dist.get_world_size())
         assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
         assert all(isinstance(local_of(parameter), OffloadedTensor) for parameter in model.parameters())
@@ -49,9 +54,10 @@ def case_of(name: str) -> Callable[[Path], None]:
 
 
 def case_arguments(directory: Path) -> None:
-    path = directory / f"arguments{dist.get_rank()}"
+    path = directory / "arguments"
     alone: Any = BY_NAME["llama"].build()
     alone.save_pretrained(path)
+    dist.barrier()
     with pytest.raises(pylomin.PassError, match="shards the model by FSDP"):
         pylomin.from_pretrained(type(alone), path, distributed_config={"fsdp_size": 2})
     with pytest.raises(pylomin.PassError, match="give either distributed_config or tp_size"):
