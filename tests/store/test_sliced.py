@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def test_only_the_pages_of_a_part_are_read(tmp_path: Path) -> None:
     assert isinstance(store, ExtentStore)
     stored = store.weight("a")
     assert isinstance(stored, StoredWeight)
-    with path.open("rb") as file:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())  # dirty pages do not leave
         size = path.stat().st_size
         drop(file.fileno(), 0, size)
         if cached_fraction(file.fileno(), [(0, size)], 64) != 0:
