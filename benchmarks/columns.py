@@ -254,6 +254,14 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("pipeline", value("pipeline_speedup", "{:.3g}")),
         ("measured", value("measured_s", "{:.3g} s")),
     ],
+    "tensor_parallel": [
+        ("time of a pass", PASS_S),
+        ("× one rank", median("time_of_one_rank", "{:.2f}", spread=True)),
+        ("a rank reads", median("rank_read_bytes", "{:,.0f} MiB", factor=2**-20)),
+        ("÷ (its part + what all have)", median("read_of_allowed", "{:.3f}", spread=True)),
+        *MODE,
+        ("largest difference ÷ largest logit", DIFFERENCE),
+    ],
     "gpu": [
         ("budget", mebibytes("budget_bytes")),
         ("time of a pass", PASS_S),

@@ -318,6 +318,22 @@ GOALS = (
         "{:.1g}",
     ),
     Goal("machines", "one machine: simulated against measured, farthest", _farthest_simulation, LE, 1.15, "{:.2f}"),
+    Goal(
+        "tensor_parallel",
+        "a rank of two: bytes read ÷ (its half + what all have)",
+        lambda r: _row(r, "two ranks")["read_of_allowed"]["largest"],
+        LE,
+        1.02,
+        "{:.3f}",
+    ),
+    Goal(
+        "tensor_parallel",
+        "its logits: largest difference ÷ largest logit",
+        lambda r: _row(r, "two ranks")["difference"],
+        LE,
+        1e-5,
+        "{:.1g}",
+    ),
     Goal("fit", "fit: measured against predicted, farthest", _farthest_prediction, LE, 1.15, "{:.2f}"),
 )
 

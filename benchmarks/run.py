@@ -43,6 +43,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
             "lora": "A step of LoRA fine-tuning under a budget of 300 MiB",
             "readers": "Threads that fill the ring which weights pass through on their way to a GPU",
             "machines": "2 to 64 machines, in simulation from what one of them does",
+            "tensor_parallel": "Bytes that each of two ranks reads of a model that is sharded over them",
             "gpu": "A CUDA device: speed and memory of models that stream from disk and from host memory",
         }.items()
     },

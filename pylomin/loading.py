@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
+from pylomin.lazy.distributed import Sharding, check_distributed, is_distributed, mesh_device
 from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
 from pylomin.residency.device import execution_device
@@ -84,8 +85,10 @@ def load(
             )
     else:
         store = renamed(store, key_map=key_map, prefix=prefix)
-    model, registered = _build(model_fn)
-    ties = find_ties(slots_of(model))
+    model, registered, origins = _build(model_fn)
+    ties = _ties_of(model, origins)
+    check_distributed(model, [(tie.fqn, tie.owned) for tie in ties])
+    compute_device = mesh_device([tie.owned for tie in ties], compute_device)
     if isinstance(store, CallableStore):
         store.expect(expected_infos(model, ties, dtype), cast=dtype is not None)
     sources, missing = matched_sources(ties, store, cast=dtype is not None)
@@ -96,8 +99,8 @@ def load(
         raise missing_error(missing + missing_buffers, unexpected, store)
     if missing:
         kept = {registered[id(tie.parameter)] for tie in ties if tie.fqn in missing if id(tie.parameter) in registered}
-        model, _ = _build(model_fn, keep=kept)
-        ties = find_ties(slots_of(model))
+        model, _, origins = _build(model_fn, keep=kept)
+        ties = _ties_of(model, origins)
         _check_initialised(ties, missing)
         fill_buffers(model, store, dtype=dtype)
         if dtype is not None:
@@ -121,11 +124,14 @@ def load(
     return model
 
 
-def _build(model_fn: Callable[[], ModuleT], keep: Container[int] = ()) -> tuple[ModuleT, dict[int, int]]:
+def _build(
+    model_fn: Callable[[], ModuleT], keep: Container[int] = ()
+) -> tuple[ModuleT, dict[int, int], dict[nn.Parameter, nn.Parameter]]:
     """Call ``model_fn`` so that the parameters that this thread registers get shape and dtype only.
 
     Parameters that are tied stay one object. Those whose number, in the order of first registration, is in ``keep``
-    are left as they are. Returns the model, and the numbers by ``id`` of the stand-ins.
+    are left as they are. Returns the model, the numbers by ``id`` of the stand-ins, and for each DTensor the parameter
+    in whose place it was registered.
     """
     stand_ins: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
     made: list[nn.Parameter] = []  # alive while building, so that no id is used twice
@@ -148,8 +154,8 @@ def _build(model_fn: Callable[[], ModuleT], keep: Container[int] = ()) -> tuple[
             known = stand_ins[id(parameter)] = (weakref.ref(parameter), stand_in)
         return known[1]
 
-    outer = getattr(_building, "replace", None)
-    _building.replace = replace
+    outer = getattr(_building, "replace", None), getattr(_building, "origins", None)
+    _building.replace, _building.origins = replace, {}
     try:
         model = model_fn()
     except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -160,11 +166,12 @@ def _build(model_fn: Callable[[], ModuleT], keep: Container[int] = ()) -> tuple[
             "Compute it from something else, or build the model in memory and use pylomin.lazy_loading."
         ) from error
     finally:
-        _building.replace = outer
+        origins = _building.origins
+        _building.replace, _building.origins = outer
     if not isinstance(model, nn.Module):
         raise PassError(f"model_fn returned a {type(model).__name__}; expected a torch.nn.Module.")
     alive = {id(parameter) for parameter in model.parameters()}
-    return model, {key: number for key, number in numbers.items() if key in alive}
+    return model, {key: number for key, number in numbers.items() if key in alive}, origins
 
 
 _building = threading.local()  # how the thread that builds a model replaces its parameters
@@ -172,13 +179,39 @@ _building = threading.local()  # how the thread that builds a model replaces its
 
 def _replace_while_building(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
     replace: Callable[[nn.Parameter], nn.Parameter | None] | None = getattr(_building, "replace", None)
-    if replace is None or parameter is None or parameter.device.type == "meta":
+    if replace is None or parameter is None:
         return None
-    return replace(parameter)
+    if is_distributed(parameter):
+        if (former := module._parameters.get(name)) is not None:
+            _building.origins[parameter] = former
+        return None
+    return None if parameter.device.type == "meta" else replace(parameter)
 
 
 # Registered for good: torch walks its hooks without a lock, and other threads may be building models.
 register_module_parameter_registration_hook(_replace_while_building)  # type: ignore[arg-type]
+
+
+def _ties_of(model: nn.Module, origins: Mapping[nn.Parameter, nn.Parameter]) -> list[Tie]:
+    """The weights of the model. What was tied before it was distributed is tied again, if it is sharded alike.
+
+    Args:
+        origins: of DTensors, the parameters that they were made of.
+    """
+    alike: dict[object, nn.Parameter] = {}
+    for slot in slots_of(model):
+        owned = slot.owned
+        if owned in origins:
+            sharding = Sharding.of(owned)
+            key = (origins[owned], sharding.mesh, sharding.placements)
+            slot.module._parameters[slot.name] = alike.setdefault(key, owned)
+    ties = find_ties(slots_of(model))
+    same: dict[nn.Parameter, list[str]] = {}
+    for tie in ties:
+        same.setdefault(origins.get(tie.owned, tie.owned), []).extend(tie.names)
+    for tie in ties:
+        tie.aliases = [name for name in same[origins.get(tie.owned, tie.owned)] if name not in tie.names]
+    return ties
 
 
 def _check_initialised(ties: list[Tie], missing: list[str]) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pylomin.errors import PassError
 from pylomin.io.buffers import observe
+from pylomin.lazy.distributed import local_of
 from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.residency import resident_bytes_of_all
@@ -121,7 +122,7 @@ class _Tracker(TorchDispatchMode):
 
     def see_weights(self, model: nn.Module) -> None:
         """Count what of ``model`` is in memory already, apart from offloaded weights."""
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in map(local_of, (*model.parameters(), *model.buffers())):
             if _has_storage(tensor):
                 self._see(tensor, is_weight=True)
 
@@ -130,8 +131,8 @@ class _Tracker(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        aliased = {_storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)}
-        for leaf in tree_leaves(result):
+        aliased = {_storage_id(leaf) for leaf in map(local_of, tree_leaves((args, kwargs))) if _has_storage(leaf)}
+        for leaf in map(local_of, tree_leaves(result)):
             if _has_storage(leaf) and _storage_id(leaf) not in aliased:
                 self._see(leaf, is_weight=False)
         return result

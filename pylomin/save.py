@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pylomin.errors import PassError, StoreFormatError
+from pylomin.lazy.distributed import is_distributed
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.quantize.choose import Choose, Filter, chooser
 from pylomin.quantize.packing import GROUP_SIZE
@@ -250,7 +251,7 @@ def weights_of(
     """The weights of a state dict, and the other names of those that have several; with ``tied``, each weight once.
 
     Raises:
-        StoreFormatError: a value is no tensor.
+        StoreFormatError: a value is no tensor, or one that is distributed over processes.
     """
     first: dict[object, str] = {}
     weights: list[WeightToWrite] = []
@@ -262,6 +263,11 @@ def weights_of(
             raise StoreFormatError(
                 f"{name!r} in the state dict is a {type(value).__name__}; safetensors holds tensors only. Leave it "
                 f"out: filter=lambda name: name != {name!r}."
+            )
+        if is_distributed(value):
+            raise StoreFormatError(
+                f"{name!r} in the state dict is a DTensor: this process has a shard of it. Take the weights from the "
+                "store that they are read from, or save the shards with torch.distributed.checkpoint."
             )
         known = first.setdefault(identity_of(value), name) if tied else name
         if known == name:

@@ -50,6 +50,15 @@ def test_lora_learns_within_its_budget(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_tensor_parallel_reads_half() -> None:
+    printed = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/tensor_parallel.py")
+    found = re.findall(r"rank \d read ([\d,]+) of ([\d,]+) bytes; next token (\d+)", printed)
+    assert len(found) == 2
+    assert len({token for *_, token in found}) == 1
+    for read, whole, _ in found:
+        assert int(read.replace(",", "")) < 0.55 * int(whole.replace(",", ""))
+
+
 def run_demo(directory: Path, monkeypatch: pytest.MonkeyPatch, broken: str | None = None) -> dict[str, object]:
     """The demo in small, its variants in this process: starting six takes half a minute."""
 

@@ -16,6 +16,7 @@ from pylomin.io.descriptor import Descriptor, open_weight_file
 from pylomin.io.direct import DirectAccess, fill_direct, open_direct, refuses
 from pylomin.io.mapping import copy_ranges, fault_in, mapped_bytes, show_pages
 from pylomin.io.reading import fill, pieces
+from pylomin.io.scattered import fill_scattered
 
 _DROPPED_BYTES = 1 << 24  # 16 MiB; what a read that drops its pages has in the page cache at one time
 _CHECKED_BYTES = 1 << 20  # 1 MiB at a time when a mapping failed and a read is to say why
@@ -78,6 +79,7 @@ class WeightFile:
         self._change_was_raised = False
         # While views of a private file exist, this process may write other weights to the same bytes.
         self._map_refusal = None if watched else "this process writes to it"
+        self._in_parts = False
         self._direct: DirectAccess | None = None
         self._descriptor: Descriptor | None = open_weight_file(self.path) if descriptor is None else descriptor
         try:
@@ -90,6 +92,14 @@ class WeightFile:
     def size_bytes(self) -> int:
         """Size at opening."""
         return self._stamp.size_bytes
+
+    def expect_parts(self) -> None:
+        """Only parts of weights are read from here on, the rest of which is for other machines.
+
+        The system reads ahead of a reader, here and there 8 MiB, and of who touches mapped pages. So what is wanted is
+        announced from now on, and found in the page cache.
+        """
+        self._in_parts = True
 
     def set_validation(self, is_mended: Callable[[Read], bool]) -> None:
         """Set who judges whether a changed file of the right size is mended; by default none is.
@@ -112,6 +122,7 @@ class WeightFile:
         descriptor = self._opened()
         try:
             self._check_unchanged(descriptor.fd)
+            self._announce_part(descriptor.fd, offset_bytes, sum(map(len, buffers)))
             self._fill(descriptor.fd, offset_bytes, buffers, drop_cache=drop_cache)
         finally:
             # A traceback keeps this frame; it must not keep the file open too.
@@ -143,6 +154,7 @@ class WeightFile:
                 if error.errno != errno.ENOMEM:  # there may be memory next time
                     self._map_refusal = f"the file system refuses to map it: {error.strerror} (errno {error.errno})"
                 return False
+            self._announce_part(descriptor.fd, offset_bytes, nbytes)
             try:
                 fault_in(offset_bytes, nbytes, pages, at_bytes)
             except OSError as error:
@@ -187,6 +199,21 @@ class WeightFile:
                 self._raise_unless_complete(first, last - first, 0, error)
             self._check_unchanged(descriptor.fd)
             return True
+        finally:
+            del descriptor
+
+    def read_scattered(self, extents: Sequence[Extent], buffer: memoryview) -> None:
+        """Fill ``buffer`` with extents, one after the other, whose pages alone are read of the disk.
+
+        Raises:
+            StoreReadError, StoreChangedError: as :meth:`read`.
+        """
+        descriptor = self._opened()
+        try:
+            self._check_unchanged(descriptor.fd)
+            start, count, error = fill_scattered(descriptor.fd, [(e.start, e.stop) for e in extents], buffer)
+            if start >= 0:
+                self._raise_unless_complete(start, count + 1, count, error)
         finally:
             del descriptor
 
@@ -305,6 +332,10 @@ class WeightFile:
         raise StoreChangedError(
             f"weight file {self.path!r} was changed after it was opened: expected {expected}, found {found}. {advice}"
         )
+
+    def _announce_part(self, fd: int, offset_bytes: int, nbytes: int) -> None:
+        if self._in_parts:
+            page_cache.read_ahead(fd, offset_bytes, nbytes)
 
     def _examine(self, fd: int) -> _Stamp:
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pylomin.lazy.distributed import Sharding, is_distributed, local_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.residency.lane import Lane
 from pylomin.residency.weight import Layout, Weight
@@ -72,6 +73,14 @@ class _SavedView:
         return OffloadedTensor(weight, self.size, self.stride, self.offset)
 
 
+@dataclass(frozen=True, slots=True)
+class _SavedShard:
+    """A DTensor whose local shard is a view of a weight."""
+
+    sharding: Sharding
+    view: _SavedView
+
+
 def saving_pointers(group: Sequence[Weight]) -> AbstractContextManager[Any]:
     """Inside the block, autograd saves views of the weights of ``group`` as pointers; backward loads them again.
 
@@ -88,6 +97,9 @@ def saving_pointers(group: Sequence[Weight]) -> AbstractContextManager[Any]:
     outer_unpack: Callable[[Any], torch.Tensor] = outer[1] if outer else _same
 
     def pack(tensor: torch.Tensor) -> Any:
+        if is_distributed(tensor):
+            saved = pack(local_of(tensor))
+            return _SavedShard(Sharding.of(tensor), saved) if isinstance(saved, _SavedView) else outer_pack(tensor)
         if isinstance(tensor, OffloadedTensor):
             return _SavedView.of(tensor, tensor.weight, group if tensor.weight in group else (tensor.weight,))
         if isinstance(tensor, _PLAIN) and _is_strided(tensor):
@@ -99,6 +111,8 @@ def saving_pointers(group: Sequence[Weight]) -> AbstractContextManager[Any]:
         return outer_pack(tensor)
 
     def unpack(saved: Any) -> torch.Tensor:
+        if isinstance(saved, _SavedShard):
+            return saved.sharding.around(saved.view.values())
         return saved.values() if isinstance(saved, _SavedView) else outer_unpack(saved)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -13,6 +13,7 @@ from torch import nn
 
 from pylomin.lazy.autograd import saving_pointers
 from pylomin.lazy.compiling import Untraced, is_tracing, not_compiled
+from pylomin.lazy.distributed import is_distributed, local_of, with_local
 from pylomin.lazy.full_device import computed, module_refusal
 from pylomin.lazy.fused import fused_linear
 from pylomin.lazy.rnn import LazyRNN
@@ -38,15 +39,12 @@ class LazyModule(nn.Module):
         if value is None:
             value = super().__getattr__(name)
         if type(value) is not OffloadedTensor:
-            return value
+            return _resident_shard(value) if is_distributed(value) else value
         weight = value.weight
         tensor = weight.tensor
         if tensor is None or not weight.holds or not value.is_whole:
             return value
-        # A trace would record the twin as a constant that requires grad, which it cannot.
-        if value.trainable and not torch.is_grad_enabled() and not is_tracing():
-            if is_any_autocast_enabled() and _is_cast(tensor):
-                return tensor
+        if value.trainable and _is_trained(tensor):
             return weight.trainable_twin() if weight.twin is None else weight.twin
         return tensor
 
@@ -78,9 +76,29 @@ class LazyModule(nn.Module):
         """Hides the hook of the module's own class, which knows nothing of subclasses made by others."""
 
 
-def _is_cast(tensor: torch.Tensor) -> bool:
-    """Whether autocast casts it before a kernel is chosen. Of what requires grad, it would keep what it casts."""
-    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype is torch.float32
+def _is_trained(tensor: torch.Tensor) -> bool:
+    """Whether a trainable parameter is handed out as one that requires grad though nothing is recorded.
+
+    Kernels are chosen by it. But a trace would record it as a constant, which cannot require grad; and of what requires
+    grad, autocast would keep what it casts.
+    """
+    if torch.is_grad_enabled() or is_tracing():
+        return False
+    if not is_any_autocast_enabled():
+        return True
+    return not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype is not torch.float32
+
+
+def _resident_shard(value: Any) -> Any:
+    """A DTensor whose local shard is resident, around that; any other as it is."""
+    local = value._local_tensor
+    if type(local) is not OffloadedTensor or not local.is_whole:
+        return value
+    tensor = local.weight.tensor
+    if tensor is None or not local.weight.holds:
+        return value
+    shard = with_local(tensor.detach(), value)
+    return shard.requires_grad_() if local.trainable and _is_trained(tensor) else shard
 
 
 def lazy_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -140,6 +158,8 @@ def whole_weights(module: nn.Module) -> list[Weight]:
     weights: list[Weight] = []
     parameters: Iterable[torch.Tensor | None] = module._parameters.values()
     for parameter in parameters:
+        if parameter is not None and type(parameter) is not OffloadedTensor:
+            parameter = local_of(parameter)
         if isinstance(parameter, OffloadedTensor) and parameter.is_whole:
             weight = parameter.weight
             if weight not in weights and (not weights or weight.residency is weights[0].residency):

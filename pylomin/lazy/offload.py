@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from pylomin.errors import BudgetError, PassError
 from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, aligned, block_bytes
 from pylomin.io.modes import Mode
+from pylomin.lazy.distributed import distributed_parameter, is_distributed, local_of
 from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES
@@ -32,7 +33,13 @@ class Slot:
     fqn: str
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def parameter(self) -> torch.Tensor:
+        """What this process has of the parameter: of a DTensor, the local shard."""
+        return local_of(self.owned)
+
+    @property
+    def owned(self) -> nn.Parameter:
+        """The parameter, as the module has it."""
         parameter = self.module._parameters[self.name]
         assert parameter is not None
         return parameter
@@ -43,10 +50,15 @@ class Tie:
     """All the slots of one weight. They held the same parameter, or parameters with the same memory."""
 
     slots: list[Slot] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)  # other names that the weight may be stored under
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def parameter(self) -> torch.Tensor:
         return self.slots[0].parameter
+
+    @property
+    def owned(self) -> nn.Parameter:
+        return self.slots[0].owned
 
     @property
     def fqn(self) -> str:
@@ -54,7 +66,7 @@ class Tie:
 
     @property
     def names(self) -> list[str]:
-        return [slot.fqn for slot in self.slots]
+        return [slot.fqn for slot in self.slots] + self.aliases
 
 
 def slots_of(model: nn.Module) -> Iterator[Slot]:
@@ -134,21 +146,27 @@ def offload(
         if holds_weights(slot.module) and not isinstance(slot.module, LazyModule)
     }
     for tie, weight in zip(ties, weights, strict=True):
-        replaced: dict[int, OffloadedTensor] = {}
+        replaced: dict[int, nn.Parameter] = {}
         for slot in tie.slots:
-            old = slot.parameter
+            old = slot.owned
             if id(old) not in replaced:
                 replaced[id(old)] = _stand_in(old, weight)
-            slot.module._parameters[slot.name] = replaced[id(old)]  # type: ignore[assignment]
+            slot.module._parameters[slot.name] = replaced[id(old)]
     for module, cls in lazy_classes.items():
         object.__setattr__(module, "__class__", cls)
         if isinstance(module, nn.RNNBase):
             module.__dict__.pop("_flat_weights", None)  # it would keep the old parameters
 
 
-def _stand_in(old: nn.Parameter, weight: Weight) -> OffloadedTensor:
-    new = as_parameter(OffloadedTensor(weight), trainable=old.requires_grad)
-    new.parameter_class = type(old)
+def _stand_in(old: nn.Parameter, weight: Weight) -> Any:
+    new: Any
+    if is_distributed(old):
+        local = OffloadedTensor(weight)
+        local.trainable = old.requires_grad
+        new = distributed_parameter(local, old)
+    else:
+        new = as_parameter(OffloadedTensor(weight), trainable=old.requires_grad)
+        new.parameter_class = type(old)
     new.__dict__.update({name: value for name, value in old.__dict__.items() if name not in new.__dict__})
     return new
 
@@ -169,8 +187,8 @@ def _conversions(
 def move_rest(model: nn.Module, device: torch.device) -> None:
     """Buffers, and parameters that stay in memory, to where offloaded weights are computed with."""
     for slot in slots_of(model):
-        parameter = slot.parameter
-        if not isinstance(parameter, OffloadedTensor) and parameter.device != device:
+        parameter = slot.owned
+        if not isinstance(slot.parameter, OffloadedTensor) and parameter.device != device:
             parameter.data = parameter.data.to(device)
     moved: dict[int, torch.Tensor] = {}  # by id; one may have several owners
     for module in model.modules():

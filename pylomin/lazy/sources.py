@@ -14,6 +14,7 @@ from torch import nn
 
 from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
 from pylomin.io.buffers import aligned
+from pylomin.lazy.distributed import is_distributed, selection_of, with_local
 from pylomin.lazy.offload import Tie
 from pylomin.residency.device import device_of, is_streamed_to
 from pylomin.residency.memory_limits import memory_limits
@@ -26,6 +27,7 @@ from pylomin.store.dtypes import STORED_DTYPES, nbytes_of
 from pylomin.store.memory import MemoryStore
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.scratch import ScratchDirectory
+from pylomin.store.sliced import Part, sliced
 from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
@@ -51,15 +53,20 @@ def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = Fal
         if name is None:
             missing.append(tie.fqn)
             continue
-        info, parameter = store.info(name), tie.parameter
+        info, parameter = store.info(name), tie.owned  # of a DTensor, the shape is that of the whole weight
         castable = cast and info.dtype.is_floating_point and parameter.dtype.is_floating_point
         if info.shape != tuple(parameter.shape) or (info.dtype != parameter.dtype and not castable):
             mismatches.append(
                 f"  '{name}' in {store.describe(name)}: found {info.dtype} {list(info.shape)}, expected "
                 f"{parameter.dtype} {list(parameter.shape)}"
             )
-        layout = Layout(info.dtype, info.shape, contiguous_stride(info.shape), CPU)
-        sources.append(Source(store, name, layout))
+            continue
+        if is_distributed(parameter):
+            shard = sliced(store, {tie.fqn: Part(name, selection_of(parameter))})
+            sources.append(_stored_source(shard, tie.fqn))
+            expect_parts(sources[-1])
+        else:
+            sources.append(_stored_source(store, name))
     if mismatches:
         raise WeightMismatchError(
             "stored weights differ from the model's:\n" + "\n".join(mismatches) + "\nGive the weights of this "
@@ -68,9 +75,20 @@ def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = Fal
     return sources, missing
 
 
+def expect_parts(source: Source) -> None:
+    """It is a shard: what lies beside it in its file is not read."""
+    if source.stored is not None:
+        source.stored.file.expect_parts()
+
+
+def _stored_source(store: WeightStore, name: str) -> Source:
+    info = store.info(name)
+    return Source(store, name, Layout(info.dtype, info.shape, contiguous_stride(info.shape), CPU))
+
+
 def expected_infos(model: nn.Module, ties: Sequence[Tie], dtype: torch.dtype | None) -> dict[str, WeightInfo]:
     """What a store that cannot be asked should have: each weight once, and the persistent buffers."""
-    tensors = {tie.fqn: tie.parameter.detach() for tie in ties}
+    tensors = {tie.fqn: tie.owned.detach() for tie in ties}
     for prefix, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
@@ -135,12 +153,16 @@ def _read_buffer(fqn: str, buffer: torch.Tensor, store: WeightStore, dtype: torc
         raise WeightMismatchError(
             f"buffer '{fqn}' in {store.describe(fqn)}: found shape {list(info.shape)}, expected {list(buffer.shape)}."
         )
+    if is_distributed(buffer):
+        store = sliced(store, {fqn: Part(fqn, selection_of(buffer))})
+        info = store.info(fqn)
     values = torch.empty(info.shape, dtype=info.dtype, device=CPU)
     if info.nbytes:
         store.read([ReadRequest(fqn, 0, byte_view(values))])
     wanted = dtype if dtype is not None and buffer.dtype.is_floating_point else buffer.dtype
     device = CPU if buffer.device.type == "meta" else buffer.device
-    return values.to(device=device, dtype=wanted)
+    values = values.to(device=device, dtype=wanted)
+    return with_local(values, buffer) if is_distributed(buffer) else values
 
 
 def memory_sources(ties: Sequence[Tie]) -> list[Source]:

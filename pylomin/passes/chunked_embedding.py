@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from pylomin.errors import PassError
+from pylomin.lazy.distributed import local_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.lazy_loading import offload_modules
 from pylomin.passes.selection import ModuleT, check_model, named_or_given
@@ -44,7 +45,7 @@ def chunked_embedding(
     targets = _targets(model, target_module_name, target_modules)
     offload_modules(model, targets)
     for module in targets:
-        table = module.weight
+        table = local_of(module.weight)
         assert isinstance(table, OffloadedTensor)
         table.chunk_rows = chunk_size
     return model

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pylomin.errors import PassError
+from pylomin.lazy.distributed import local_of
 from pylomin.lazy.module import is_linear
 from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
@@ -76,7 +77,7 @@ def chunked_linear(
 def weight_of(module: nn.Module) -> torch.Tensor:
     weight = module._parameters["weight"]
     assert weight is not None
-    return weight
+    return local_of(weight)
 
 
 def _targets(model: nn.Module, name: str | None, modules: Iterable[nn.Module] | None) -> list[nn.Module]:

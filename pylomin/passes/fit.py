@@ -11,6 +11,7 @@ from torch import nn
 
 from pylomin.errors import BudgetError, PassError
 from pylomin.io.modes import Mode
+from pylomin.lazy.distributed import local_of
 from pylomin.lazy.module import LazyModule, whole_weights
 from pylomin.lazy.offload import check_mode, offloaded_slots, residencies_of
 from pylomin.lazy.sources import PINNED_CHUNK_BYTES
@@ -82,7 +83,8 @@ def fit(
     if args is not None and not isinstance(args, (list, tuple)):
         raise PassError(f"args is a {type(args).__name__}; expected a list of positional arguments: args=[tokens].")
     why_stored: dict[str, str] = {}
-    if any(not isinstance(parameter, OffloadedTensor) for parameter in model.parameters()) or weights is not None:
+    is_resident = any(not isinstance(local_of(parameter), OffloadedTensor) for parameter in model.parameters())
+    if is_resident or weights is not None:
         if storage is None and streamed_to is not None and weights is None and output_dir is None:
             storage, why_stored["storage"] = _storage_for(model)
         lazy_loading(
@@ -122,7 +124,8 @@ def _device_of_weights(model: nn.Module, device: torch.device | None) -> torch.d
 def _free_memory(device: torch.device | None, model: nn.Module) -> tuple[int, str]:
     limits = memory_limits()
     if device is not None:
-        weights = [p for p in model.parameters() if p.device == device and not isinstance(p, OffloadedTensor)]
+        parameters = map(local_of, model.parameters())
+        weights = [p for p in parameters if p.device == device and not isinstance(p, OffloadedTensor)]
         free_bytes = device_of(device).free_bytes() + sum(weight.nbytes for weight in weights)  # they leave it
         limits = MemoryLimits(None, free_bytes, f"{device}: {format_bytes(free_bytes)} free")
     if limits.available_bytes is None:
@@ -162,12 +165,13 @@ def _chunk_tables(model: nn.Module, chunk_bytes: int) -> int:
         module
         for module in model.modules()
         if isinstance(module, nn.Embedding)
-        and isinstance(module.weight, OffloadedTensor)
+        and isinstance(local_of(module.weight), OffloadedTensor)
         and module.max_norm is None
-        and module.weight.nbytes > chunk_bytes
+        and local_of(module.weight).nbytes > chunk_bytes
     ]
     for table in tables:
-        row_bytes = max(1, table.weight.nbytes // max(1, len(table.weight)))
+        rows = local_of(table.weight)
+        row_bytes = max(1, rows.nbytes // max(1, len(rows)))
         chunked_embedding(model, target_modules=[table], chunk_size=max(1, chunk_bytes // row_bytes))
     return len(tables)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
+from pylomin.lazy.distributed import check_distributed, mesh_device
 from pylomin.lazy.offload import (
     Tie,
     check_budget,
@@ -95,9 +96,10 @@ def lazy_loading(
         model, target_classes=target_classes, target_modules=target_modules, skip_modules=skip_modules
     )
     ties = _ties_of(model, set(targets))
+    check_distributed(model, [(tie.fqn, tie.owned) for tie in ties])
     for tie in ties:
         check_parameter(tie, has_weights=weights is not None)
-
+    compute_device = mesh_device([tie.owned for tie in ties], compute_device)
     check_budget(planned_footprints(ties, compute_device), budget)
     residency = residency_for(model)
     if weights is not None:
@@ -145,15 +147,15 @@ def _ties_of(model: nn.Module, targets: set[nn.Module]) -> list[Tie]:
 
 def check_parameter(tie: Tie, *, has_weights: bool = False) -> None:
     """Raises PassError if the parameter cannot be offloaded."""
-    parameter = tie.parameter
+    parameter, owned = tie.parameter, tie.owned
     problem = None
     if any(isinstance(slot.module, torch.jit.ScriptModule) for slot in tie.slots):
         problem = "belongs to a torch.jit module, whose code reads it without Python; skip its module"
     elif isinstance(parameter, nn.parameter.UninitializedParameter):
         problem = "is uninitialized; run the model once, so that it gets a shape"
-    elif parameter.grad is not None:
+    elif owned.grad is not None:
         problem = "has a gradient, which would be lost; call model.zero_grad(set_to_none=True)"
-    elif parameter._backward_hooks:
+    elif owned._backward_hooks:
         problem = "has gradient hooks, which would never run; remove them"
     elif type(parameter).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         problem = f"is a {type(parameter).__name__}, whose memory is not that of a plain tensor; skip its module"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from pylomin.errors import PassError
+from pylomin.lazy.distributed import distributed_parameter, is_distributed
 from pylomin.lazy.module import LazyModule, original_class
 from pylomin.lazy.offload import offloaded_slots, residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
@@ -43,9 +44,9 @@ def restore(model: ModuleT, *, target_modules: Iterable[nn.Module] | None = None
         raise PassError("there is nothing to restore: no pass was applied to this model.")
     residencies = residencies_of(model)
     ordinary: dict[OffloadedTensor, nn.Parameter] = {}
-    for _, offloaded in slots:
+    for slot, offloaded in slots:
         if offloaded not in ordinary:
-            ordinary[offloaded] = offloaded.to_parameter()
+            ordinary[offloaded] = _in_memory(slot.owned, offloaded)
     for slot, offloaded in slots:
         slot.module._parameters[slot.name] = ordinary[offloaded]
     for module in swapped:
@@ -60,3 +61,11 @@ def restore(model: ModuleT, *, target_modules: Iterable[nn.Module] | None = None
         for residency in residencies:
             residency.set_depth(0)
     return model
+
+
+def _in_memory(parameter: nn.Parameter, offloaded: OffloadedTensor) -> nn.Parameter:
+    if not is_distributed(parameter):
+        return offloaded.to_parameter()
+    restored: nn.Parameter = distributed_parameter(offloaded.shared(), parameter, requires_grad=offloaded.trainable)
+    restored.__dict__.update(parameter.__dict__)
+    return restored

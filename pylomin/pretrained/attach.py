@@ -7,11 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from pylomin.io.files import Extent
+from pylomin.lazy.distributed import distributed_parameter, is_distributed
 from pylomin.lazy.offload import Tie, find_ties, offload, residency_for, slots_of
+from pylomin.lazy.sources import expect_parts
 from pylomin.pretrained.computed import ComputedStore
 from pylomin.pretrained.deferred import DeferredTensor, Stored
 from pylomin.residency.weight import Layout, Source, contiguous_stride
-from pylomin.store.base import WeightStore
+from pylomin.store.base import WeightInfo, WeightStore
+from pylomin.store.extents import ExtentStore, StoredWeight
 from pylomin.store.virtual import VirtualStore, VirtualWeight
 
 _CPU = torch.device("cpu")
@@ -25,6 +29,9 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
     ties = [tie for tie in find_ties(slots_of(model)) if isinstance(tie.parameter, DeferredTensor)]
     tensors = {tie.fqn: tie.parameter for tie in ties if isinstance(tie.parameter, DeferredTensor)}
     sources = _sources(tensors)
+    for tie, source in zip(ties, sources, strict=True):
+        if is_distributed(tie.owned):
+            expect_parts(source)
     written = {name: tensor.evaluate() for name, tensor in tensors.items() if tensor.base.written is not None}
     for tie in ties:
         _leave_metadata_only(tie)
@@ -37,7 +44,7 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
                     buffers[id(buffer)] = values.to(device)
                 module._buffers[name] = buffers[id(buffer)]
         for parameter in module._parameters.values():
-            if parameter is not None and parameter.device.type != "meta":
+            if parameter is not None and not is_distributed(parameter) and parameter.device.type != "meta":
                 parameter.data = parameter.data.to(device)
     offload(model, ties, sources, residency_for(model), device=device, memory_budget=memory_budget)
     with torch.no_grad():
@@ -49,9 +56,13 @@ def offload_deferred(model: nn.Module, *, device: torch.device | None, memory_bu
 def _leave_metadata_only(tie: Tie) -> None:
     deferred = tie.parameter
     empty = torch.empty(deferred.size(), dtype=deferred.dtype, device="meta")
-    parameter = nn.Parameter(empty, requires_grad=deferred.requires_grad)
+    owned = tie.owned
+    if is_distributed(owned):
+        parameter: nn.Parameter = distributed_parameter(empty, owned, requires_grad=owned.requires_grad)
+    else:
+        parameter = nn.Parameter(empty, requires_grad=owned.requires_grad)
     own = ("origin", "base", "written", "_is_param")
-    parameter.__dict__.update({name: value for name, value in deferred.__dict__.items() if name not in own})
+    parameter.__dict__.update({name: value for name, value in owned.__dict__.items() if name not in own})
     for slot in tie.slots:
         slot.module._parameters[slot.name] = parameter
 
@@ -76,6 +87,8 @@ def _sources(tensors: Mapping[str, DeferredTensor]) -> list[Source]:
             dtype = origin.dtype
             if _is_whole(origin):
                 store, name = origin.part.store, origin.part.name
+            elif (run := _run_in_file(origin, shape)) is not None:
+                store, name = run, origin.part.name
         sources.append(Source(store, name, Layout(dtype, shape, contiguous_stride(shape), _CPU)))
     return sources
 
@@ -86,6 +99,18 @@ def _virtual(origin: Stored, shape: tuple[int, ...]) -> VirtualWeight:
         composed = part.store.weight(part.name)
         return VirtualWeight(composed.dtype, shape, composed.parts, composed.blocks)
     return VirtualWeight(origin.dtype, shape, (part,))
+
+
+def _run_in_file(origin: Stored, shape: tuple[int, ...]) -> ExtentStore | None:
+    """Some rows of a weight that lies in a file as it is: they can be read past their store, or mapped."""
+    part = origin.part
+    stored = part.store.weight(part.name) if isinstance(part.store, ExtentStore) else None
+    if not isinstance(part.store, ExtentStore) or not isinstance(stored, StoredWeight):
+        return None
+    start = stored.extent.start + part.offset_bytes
+    info = WeightInfo(origin.dtype, shape, part.nbytes)
+    rows = StoredWeight(info, stored.file, Extent(start, start + part.nbytes))
+    return ExtentStore(part.store.path, {part.name: rows}, part.store.files)
 
 
 def _is_whole(origin: Stored) -> bool:

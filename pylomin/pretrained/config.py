@@ -85,6 +85,33 @@ def _concrete(auto_class: Any, config: Any, directory: str) -> tuple[Any, Any]:
     return model_class, config
 
 
+def distributed_config_of(kwargs: dict[str, Any]) -> Any | None:
+    """Take how the model is distributed out of the arguments; None where it is not.
+
+    Raises:
+        PassError: it is sharded by FSDP, too; or given twice.
+    """
+    config = kwargs.pop("distributed_config", None)
+    standalone = {name: kwargs.pop(name, None) for name in ("tp_plan", "tp_size")}
+    given = {name: value for name, value in standalone.items() if value is not None}
+    if config is None and not given:
+        return None
+    from transformers.distributed import DistributedConfig
+
+    if config is None:
+        config = DistributedConfig(**given)
+    elif given:
+        raise PassError(f"give either distributed_config or {' and '.join(given)}, as arguments of DistributedConfig.")
+    elif isinstance(config, dict):
+        config = DistributedConfig.from_dict(config)
+    if config.dp_size > 1:
+        raise PassError(
+            "distributed_config shards the model by FSDP (fsdp_size, dp_replicate_size), which keeps parameters in "
+            "memory of its own. Give tp_size and ep_size only, and read other samples in each group of processes."
+        )
+    return config
+
+
 def read_generation_config(model: Any, directory: str, kwargs: dict[str, Any]) -> None:
     """Give ``model`` the generation config in ``directory``, else what the model's config says of it."""
     for_hub = dict.fromkeys(("cache_dir", "proxies", "token", "revision", "trust_remote_code"))

@@ -12,6 +12,9 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pylomin.store.base import ReadRequest, WeightStore
+from pylomin.store.selection import Selection
+from pylomin.store.sliced import Part as Slice
+from pylomin.store.sliced import sliced
 from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.virtual import Part, VirtualStore, VirtualWeight
 
@@ -196,13 +199,18 @@ def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | 
         dim = args[1] if len(args) > 1 else 0
         return _joined(args[0], math.prod(output.shape[: dim % output.dim()]), output)
     source = args[0]
-    if not isinstance(source, DeferredTensor) or not isinstance(source.origin, Stored):
+    if not isinstance(source, DeferredTensor):
         return None
     if func in (aten.clone.default, aten._to_copy.default, aten._unsafe_view.default):
+        origin = source.origin if isinstance(source.origin, Stored) else _sliced(source)
+        if origin is None:
+            return None
         # One cast is left to whoever reads; a second one would skip the rounding of the first.
-        is_first = source.dtype == source.origin.dtype
+        is_first = source.dtype == origin.dtype
         castable = source.dtype.is_floating_point and output.dtype.is_floating_point
-        return source.origin if output.dtype == source.dtype or (is_first and castable) else None
+        return origin if output.dtype == source.dtype or (is_first and castable) else None
+    if not isinstance(source.origin, Stored):
+        return None
     if not func.is_view or output.dtype != source.dtype or output.is_conj() or output.is_neg():
         return None
     part, itemsize = source.origin.part, source.origin.dtype.itemsize
@@ -212,10 +220,32 @@ def _stored(func: Any, args: tuple[Any, ...], output: torch.Tensor) -> Stored | 
     return Stored(Part(part.store, part.name, offset_bytes, output.numel() * itemsize), source.origin.dtype)
 
 
+def _sliced(view: DeferredTensor) -> Stored | None:
+    """The bytes of a slice along any dimensions of a stored tensor, if ``view`` is one; they need not be one run."""
+    base, origin = view.base, view.base.origin
+    if not isinstance(origin, Stored) or view.dtype != base.dtype or not base.is_contiguous() or not view.numel():
+        return None
+    if view.dim() != base.dim() or view.stride() != base.stride():
+        return None
+    rest, intervals = int(view.storage_offset() - base.storage_offset()), []
+    for size, whole, step in zip(view.shape, base.shape, base.stride(), strict=True):
+        first, rest = divmod(rest, step)
+        if first + size > whole:
+            return None
+        intervals.append(((first, first + size),))
+    part = origin.part
+    store, name = part.store, part.name
+    if part.offset_bytes or store.info(name).shape != tuple(base.shape):
+        store = VirtualStore({name: VirtualWeight(origin.dtype, tuple(base.shape), (part,))})
+    cut = sliced(store, {name: Slice(name, Selection(tuple(base.shape), tuple(intervals)))})
+    return Stored(Part(cut, name, 0, cut.info(name).nbytes), origin.dtype)
+
+
 def _joined(tensors: Sequence[Any], blocks: int, output: torch.Tensor) -> Stored | None:
     """The bytes of ``tensors``, which are concatenated or stacked behind dimensions of ``blocks`` elements."""
-    sources = [tensor.origin for tensor in tensors if isinstance(tensor, DeferredTensor)]
-    stored = [values for values in sources if isinstance(values, Stored)]
+    deferred = [tensor for tensor in tensors if isinstance(tensor, DeferredTensor)]
+    sources = [t.origin if isinstance(t.origin, Stored) else _sliced(t) for t in deferred]
+    stored = [values for values in sources if values is not None]
     alike = len({tensor.dtype for tensor in tensors}) == len({values.dtype for values in stored}) == 1
     if len(stored) < len(tensors) or not alike or not output.numel():
         return None

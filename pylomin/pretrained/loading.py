@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
+from pylomin.lazy.distributed import local_of, mesh_device
 from pylomin.pretrained.attach import offload_deferred
 from pylomin.pretrained.checkpoint import checkpoint_directory, open_checkpoint
 from pylomin.pretrained.config import (
     check_class,
     check_transformers,
+    distributed_config_of,
     read_config,
     read_generation_config,
     refuse_quantized,
@@ -34,8 +36,7 @@ _REFUSED = {
     "quantization_config": "quantised models are not supported",
     "gguf_file": "GGUF files are opened by pylomin.open_store",
     "state_dict": "use pylomin.load(lambda: Model(config), state_dict)",
-    "distributed_config": "the model runs on one device",
-    "tp_plan": "the model runs on one device",
+    "device_mesh": "transformers makes the mesh of all processes, as distributed_config says",
     "trust_remote_code": "no code of a checkpoint is run; import its model class and give that",
 }
 
@@ -64,7 +65,8 @@ def from_pretrained(
         memory_budget: as in :func:`pylomin.lazy_loading`.
         **kwargs: as for ``model_class.from_pretrained``: changes to the config, ``attn_implementation``,
             ``generation_config``, ``ignore_mismatched_sizes``, ``key_mapping``, ``variant``, ``subfolder``,
-            ``output_loading_info`` (returns the model and what did not match).
+            ``output_loading_info`` (returns the model and what did not match), ``distributed_config`` (or ``tp_plan``
+            and ``tp_size``): each process opens the same checkpoint and reads its own shards.
 
     Returns:
         The model in eval mode. Weights that the checkpoint lacks, such as a new head's, are initialised as
@@ -89,6 +91,7 @@ def from_pretrained(
         kwargs.pop(name, None)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     compute_device = execution_device(device)
+    distributed = distributed_config_of(kwargs)
     former_dtype = kwargs.pop("torch_dtype", None)
     dtype = _parse_dtype(former_dtype if dtype is None else dtype)
     subfolder = kwargs.pop("subfolder", "")
@@ -115,17 +118,20 @@ def from_pretrained(
                 dtype=dtype,
                 output_loading_info=True,
                 **model_kwargs,
+                **({} if distributed is None else {"distributed_config": distributed}),
             )
     except RuntimeError as error:
         problem = WeightMismatchError if "ignore_mismatched_sizes" in str(error) else PassError
         details = "\n".join(report) or str(error)
         raise problem(f"transformers cannot load {directory!r} into {model_class.__name__}: {details}") from error
-    if tensors and not any(isinstance(t, DeferredTensor) for t in itertools.chain(model.parameters(), model.buffers())):
+    tensors_of_model = map(local_of, itertools.chain(model.parameters(), model.buffers()))
+    if tensors and not any(isinstance(tensor, DeferredTensor) for tensor in tensors_of_model):
         raise WeightNotFoundError(
             f"no weight in {directory!r} is one of {type(model).__name__}'s: found {next(iter(tensors))!r} and "
             f"{len(tensors) - 1} more, expected {next(iter(model.state_dict()))!r} and others. Give the class that "
             f"the checkpoint was saved from: its config.json names {getattr(config, 'architectures', None)}."
         )
+    compute_device = mesh_device(model.parameters(), compute_device)
     offload_deferred(model, device=compute_device, memory_budget=budget)
     model.config.name_or_path = model.name_or_path = os.fspath(path)
     if hasattr(model, "adjust_generation_fn") and kwargs.get("generation_config") is None:

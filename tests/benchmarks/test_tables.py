@@ -99,12 +99,13 @@ def test_goals_read_every_kind_of_result() -> None:
         "time_of_predicted": SPREAD,
         "peak_of_predicted": SPREAD,
         "added_us_per_call": SPREAD,
+        "read_of_allowed": SPREAD,
         "peak_weight_bytes": 1,
         "hidden_bytes": 1,
         "difference": 0.0,
     }
     variants += [{**ROW, **more, "variant": name} for name in ("pylomin, 800.0 MiB", "pylomin, all resident")]
-    variants += [{**ROW, **more, "variant": name} for name in (ONE_INPUT, "lockstep")]
+    variants += [{**ROW, **more, "variant": name} for name in (ONE_INPUT, "lockstep", "two ranks")]
     quantized = {"result_bytes": 1, "rms_error": SPREAD, "share_of_slower": SPREAD, "added_bytes": SPREAD}
     variants += [{**quantized, "variant": name} for name in ("DistilBERT, int8", "decoder, int8")]
     variants += [
