@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pylomin
-from benchmarks import big_linear, llama, lora, many_tensors, suite
+from benchmarks import big_linear, common, llama, lora, many_tensors, suite, tensor_parallel
 from benchmarks.gguf_file import gguf_file, gguf_name, interleaved
 from benchmarks.moe import SIZES, Needed, Qwen2MoeForCausalLM
 from benchmarks.suite import make_room
@@ -124,3 +124,14 @@ def test_fine_tuning_is_measured_within_its_budget(tmp_path: Path) -> None:
     assert report["ledger_peak_bytes"] <= budget
     assert report["peak_weight_bytes"] <= budget
     assert report["difference"] < 1e-5
+
+
+def test_ranks_are_compared_with_their_part_of_what_one_reads() -> None:
+    def runs(*read_bytes: int) -> list[common.WorkerRun]:
+        passes = [{"s": 2.0, "read_bytes": nbytes} for nbytes in read_bytes]
+        return [common.WorkerRun({"passes": passes, "replicated_bytes": 100}, [])]
+
+    row = tensor_parallel.read_of("two ranks", {"one rank": runs(1100, 1100), "two ranks": runs(600, 900)})
+    assert row["rank_read_bytes"] == {"median": 750, "smallest": 600, "largest": 900}
+    assert row["read_of_allowed"] == {"median": 1.25, "smallest": 1.0, "largest": 1.5}
+    assert row["time_of_one_rank"]["median"] == 1

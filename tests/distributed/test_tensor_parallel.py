@@ -289,6 +289,13 @@ def case_refusals(directory: Path) -> None:
         )
 
 
+def case_sharded_by_fsdp_afterwards(directory: Path) -> None:
+    """FSDP takes the weights into its own memory, and the outputs are right."""
+    model = fully_shard(pylomin.load(lambda: Block().eval(), stored(directory)), mesh=mesh())
+    torch.testing.assert_close(model(tokens()), whole()(tokens()))
+    assert not any(isinstance(local_of(parameter), OffloadedTensor) for parameter in model.parameters())
+
+
 CASES = {name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")}
 
 
