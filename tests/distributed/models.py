@@ -31,7 +31,8 @@ class Block(nn.Module):
 
     def after(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.down(torch.relu(self.up(self.norm(hidden))))
-        return self.head(hidden)
+        output: Tensor = self.head(hidden)
+        return output
 
 
 def plan() -> dict[str, Any]:
