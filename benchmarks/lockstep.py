@@ -120,7 +120,7 @@ def work(variant: str, shape: tuple[int, int, int], memory_budget: int, weights:
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("lockstep", __doc__, rounds=2, limit_s=360)
+    options = parse("lockstep", __doc__, rounds=2, limit_s=540)
     shape, budget = SHAPES[options.size], BUDGETS[options.size]
     weights = options.directory("lockstep") / "model.safetensors"
     if options.worker:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pylomin.residency.turns import Turns
 
 MOST_PLACES = 1024  # groups and tiles, and twice as many as there are weights, of which is known where they come to lie
+MOST_SPARE = 16  # of a budget of which a smaller share is left free, the window is not made smaller
 REVIEW_USES = 64  # and at least as many as there are weights, between reviews of the reading mode
 REVIEW_S = 1.0
 
@@ -89,6 +90,7 @@ class Contents:
         self.tiles_bytes = 0  # that the tiles of one weight take at one time, at most, by the plan
         self._largest_bytes = 0  # of anything loaded together so far
         self.least_bytes = 0  # that any budget must have
+        self._spare_bytes = 0  # of the window that the plan has, for what it did not count
         self._unpacking_bytes = 0  # that the plan leaves for what is decoded while it is used
         self._unpacked_bytes = 0  # that is decoded now
         self._recording: Recording | None = None
@@ -195,6 +197,12 @@ class Contents:
         groups = self.footprints(order) if self.memory_budget is not None else {}
         self._unpacking_bytes = self._most_unpacked_bytes(order)
         budget = None if self.memory_budget is None else max(0, self.memory_budget - self._unpacking_bytes)
+        # What stays may take a little more than planned: blocks are rounded up to pages, and some are reused. That must
+        # not come from a window that has just room for two groups, or one would not be read while the other is used.
+        self._spare_bytes = PAGE_BYTES * len(order)
+        streams = budget is not None and sum([group.size_bytes for group in groups.values()]) > budget
+        if budget is not None and streams and self._spare_bytes <= budget // MOST_SPARE:
+            budget, self._spare_bytes = budget - self._spare_bytes, 0
         self.retention.plan(order, groups, budget, reads_ahead=self.reads_ahead)
         self._settled = self.retention.schedule is not None and not self.retention.streams and self._recording is None
         if self.retention.schedule is None:
@@ -217,8 +225,7 @@ class Contents:
         schedule, budget = self.retention.schedule, self.memory_budget
         if budget is None or schedule is None or not self.retention.streams or self.reading.mode == "mapped":
             return 0
-        spare_bytes = PAGE_BYTES * len(self.retention.order)  # blocks of residents are rounded up to pages
-        return max(0, schedule.window_bytes - spare_bytes)
+        return max(0, schedule.window_bytes - self._spare_bytes)
 
     def _most_unpacked_bytes(self, order: Iterable[Key]) -> int:
         """What the weights of one group, at most, are decoded into."""

@@ -479,3 +479,20 @@ def test_prefetching_goes_on_as_before() -> None:
     for _ in range(4):
         lazy(inputs(1)[0])
     assert pylomin.stats(lazy).prefetched > before
+
+
+def test_the_next_group_is_read_while_inputs_compute() -> None:
+    """Also where all groups are alike, and the window has just room for two."""
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(24)))  # 1 MiB each
+    model = pylomin.prefetch(pylomin.lazy_loading(model, memory_budget="8MiB", reading_mode="buffered"))
+    inputs = list(torch.randn(4, 1, 512))
+    with torch.no_grad():
+        for _ in range(2):
+            model(inputs[0])
+        pylomin.lockstep(model, inputs)
+        before = pylomin.stats(model)
+        pylomin.lockstep(model, inputs)
+    after = pylomin.stats(model)
+    streamed = (after.bytes_read - before.bytes_read) >> 20
+    assert streamed >= 24 - 8
+    assert after.prefetched - before.prefetched >= streamed - 2
