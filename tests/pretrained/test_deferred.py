@@ -85,7 +85,6 @@ COMPUTED: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("concatenation of two dtypes", lambda t: torch.cat([t, t.to(torch.float64)])),
     ("concatenation of a cast", lambda t: torch.cat([t.to(torch.float64), (t * 1).to(torch.float64)])),
     ("with a tensor in memory", lambda t: torch.cat([t, torch.ones(1, 4)])),
-    ("columns of a chunk", lambda t: torch.chunk(t, 2, dim=1)[1].contiguous()),
     ("bits", lambda t: t.view(torch.int32)),
     ("second output", lambda t: torch.sort(t, dim=1)[0]),
     ("stretched", lambda t: t[:, None].expand(6, 2, 4)),
@@ -104,6 +103,22 @@ def test_stays_bytes_of_a_store(name: str, function: Callable[[Tensor], Tensor])
     assert store.nbytes == result.numel() * 4
 
 
+def columns_of_a_chunk(t: Tensor) -> Tensor:
+    return torch.chunk(t, 2, dim=1)[1].contiguous()
+
+
+def test_columns_stay_bytes_of_a_store() -> None:
+    """What lies between them may be read, too."""
+    values = torch.randn(6, 4)
+    store, (tensor,) = deferred(values)
+    result = columns_of_a_chunk(tensor)
+    assert store.nbytes == 0
+    assert isinstance(result, DeferredTensor)
+    assert isinstance(result.origin, Stored)
+    assert_equal(result, columns_of_a_chunk(values))
+    assert result.numel() * 4 <= store.nbytes <= values.nbytes
+
+
 @pytest.mark.parametrize(("name", "function"), COMPUTED, ids=[name for name, _ in COMPUTED])
 def test_is_computed_when_it_is_read(name: str, function: Callable[[Tensor], Tensor]) -> None:
     values = torch.randn(6, 4)
@@ -115,7 +130,7 @@ def test_is_computed_when_it_is_read(name: str, function: Callable[[Tensor], Ten
     assert_equal(result, function(values))
 
 
-STEPS = [function for _, function in IN_PLACE + COMPUTED]
+STEPS = [*(function for _, function in IN_PLACE + COMPUTED), columns_of_a_chunk]
 
 
 @given(st.lists(st.sampled_from(STEPS), max_size=5), st.booleans())
