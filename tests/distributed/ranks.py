@@ -81,13 +81,17 @@ def main(rank: int, ranks: int, directory: str, module: str) -> None:
     dist.destroy_process_group()
 
 
-def join(rank: int, ranks: int, directory: str | Path, timeout_s: float = TIMEOUT_S) -> None:
+def join(
+    rank: int, ranks: int, directory: str | Path, timeout_s: float = TIMEOUT_S, device: torch.device | None = None
+) -> None:
+    """By gloo, or of a ``device`` by nccl."""
     dist.init_process_group(
-        "gloo",
+        "gloo" if device is None else "nccl",
         init_method=f"file://{directory}/rendezvous",
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=timeout_s),
+        device_id=device,
     )
 
 

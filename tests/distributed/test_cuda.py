@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import pylomin
 from tests.distributed.models import Block, in_memory, plan, tokens, whole
-from tests.distributed.ranks import TIMEOUT_S, outputs, start
+from tests.distributed.ranks import join, outputs, start
 
 
 def main(rank: int, ranks: int, directory: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=TIMEOUT_S),
-        device_id=device,
-    )
+    join(rank, ranks, directory, device=device)
     mesh = init_device_mesh("cuda", (ranks,))
     path, expected = pylomin.save_model(whole(), Path(directory, f"{rank}.safetensors")), in_memory(mesh).to(device)
     for budget in (None, "64KiB"):

@@ -58,7 +58,7 @@ def nginx(_nginx: servers.Nginx) -> servers.Nginx:
 
 @pytest.fixture
 def server() -> Iterator[servers.Scripted]:
-    with servers.scripted() as server:
+    with servers.running(servers.Scripted()) as server:
         yield server
 
 

