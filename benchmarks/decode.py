@@ -23,7 +23,7 @@ from benchmarks.passes import Report
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.rows import pass_s
 from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 PROMPT_TOKENS = 8
 WARM_UP_TOKENS = 2  # the order of the weights is known, and what stays has been loaded

@@ -20,7 +20,7 @@ from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES, PROMPT_TOKENS, TO
 from benchmarks.llama import NEEDED_BYTES, TorchDecoder, checkpoint, prepare, resident, run_benchmark
 from benchmarks.passes import Report
 from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 SHARES = (0.1, 0.35, 0.75, 1.02)  # of all weights
 

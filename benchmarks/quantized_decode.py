@@ -34,7 +34,7 @@ from benchmarks.llama import PEERS, Decoder, LlamaCppDecoder, checkpoint, offloa
 from benchmarks.passes import Report
 from benchmarks.rows import pass_s
 from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 NEEDED_BYTES = 7 << 30  # 7 GiB: float32 checkpoint and GGUF, two quantised ones, and Q8_0
 SCHEMES = ("int8", "int8-row")

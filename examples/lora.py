@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import pylomin
-from pylomin.residency.limits import parse_bytes
+from pylomin.io.sizes import parse_bytes
 
 LENGTH = 64  # tokens of a step
 

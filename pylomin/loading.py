@@ -13,11 +13,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
+from pylomin.io.sizes import parse_bytes
 from pylomin.lazy.distributed import Sharding, check_distributed, is_distributed, mesh_device
 from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
 from pylomin.residency.device import execution_device
-from pylomin.residency.limits import parse_bytes
 from pylomin.store.callable import CallableStore
 from pylomin.store.open import Source, open_store
 from pylomin.store.renamed import KeyMap, renamed

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from pylomin.errors import PassError, StoreFormatError
+from pylomin.io.sizes import parse_bytes
 from pylomin.lazy.distributed import is_distributed
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.quantize.choose import Choose, Filter, chooser
 from pylomin.quantize.packing import GROUP_SIZE
-from pylomin.residency.limits import parse_bytes
 from pylomin.residency.plan import Plan
 from pylomin.store.base import WeightStore
 from pylomin.store.digests import DIGESTS_KEY

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 from examples.ray_data_embeddings import CONFIG, embed
-from pylomin.residency.limits import parse_bytes
+from pylomin.io.sizes import parse_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, SHARDS, BUDGET = 2000, 20, "4MiB"

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from pylomin.io.sizes import parse_bytes
 from pylomin.remote.urls import Url, is_url
-from pylomin.residency.limits import parse_bytes
 
 
 class Dtype(str, Enum):

@@ -13,7 +13,7 @@ import typer
 from pylomin.cli.arguments import Json, ModelDtype, Source, dtype_name, parse_size
 from pylomin.cli.output import note, print_json, print_table, working
 from pylomin.errors import BudgetError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 
 def bench(

@@ -12,7 +12,7 @@ from pylomin.cli.arguments import Dtype, Json, Overwrite, ShardSize, Target, dty
 from pylomin.cli.failures import NOT_OK
 from pylomin.cli.output import note, print_json, print_table
 from pylomin.errors import PylominError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 checkpoint_commands = typer.Typer(no_args_is_help=True, help="List, show, compare and export training checkpoints.")
 

@@ -11,7 +11,7 @@ import typer
 from pylomin.cli.arguments import Budget, Directory, Dtype, ModelDtype, dtype_name
 from pylomin.cli.output import note, working
 from pylomin.errors import PassError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 _INCOMPLETE = "\ufffd"  # what a character of several tokens ends with until all of them are there
 

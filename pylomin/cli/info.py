@@ -10,7 +10,7 @@ import typer
 
 from pylomin.cli.arguments import Json, SourceOrUrl, shown
 from pylomin.cli.output import print_json, print_table
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 if TYPE_CHECKING:
     from pylomin.cli.layout import WeightLine

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pylomin.errors import MissingPackageError, PassError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 if TYPE_CHECKING:
     from pylomin.residency.plan import Plan

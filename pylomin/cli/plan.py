@@ -10,7 +10,7 @@ import typer
 from pylomin.cli.arguments import Budget, ModelDtype, Source, dtype_name
 from pylomin.cli.output import print_table, working
 from pylomin.errors import PassError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 if TYPE_CHECKING:
     from pylomin.residency.plan import Plan

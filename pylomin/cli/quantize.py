@@ -8,7 +8,7 @@ import typer
 
 from pylomin.cli.arguments import Json, Overwrite, Scheme, ShardSize, SourceOrUrl, Target
 from pylomin.cli.output import print_json, print_table
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 
 
 def quantize(

@@ -9,7 +9,7 @@ from pylomin.cli.layout import files_of
 from pylomin.cli.reading import measure
 from pylomin.errors import BudgetError, PassError
 from pylomin.io.modes import Mode
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 from pylomin.residency.plan import Plan, PlannedGroup, weight_identity
 from pylomin.residency.schedule import TYPICAL_COSTS, choose_residents, smallest_budget
 from pylomin.residency.simulation import Costs, Group, simulate

@@ -356,9 +356,13 @@ class _Reservation:
     """Bytes counted for a tensor of another allocator: until it is attached, by this object, then by its storage."""
 
     def attach(self, tensor: torch.Tensor) -> None:
-        keep_alive = weakref.finalize(tensor.untyped_storage(), _forget, self)
-        keep_alive.atexit = False
+        keep_while_alive(self, tensor.untyped_storage())
 
 
-def _forget(reservation: _Reservation) -> None:
-    """The finalizer's argument holds the reservation; when the storage is gone, nothing does."""
+def keep_while_alive(kept: object, storage: torch.UntypedStorage) -> None:
+    """Keep an object as long as a storage: by the argument of its finalizer, which nothing else refers to."""
+    weakref.finalize(storage, _forget, kept).atexit = False
+
+
+def _forget(kept: object) -> None:
+    """The storage is gone, and with this call what it kept."""

@@ -13,12 +13,12 @@ from torch import nn
 from pylomin.errors import BudgetError, PassError
 from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, aligned, block_bytes
 from pylomin.io.modes import Mode
+from pylomin.io.sizes import format_bytes
 from pylomin.lazy.distributed import distributed_parameter, is_distributed, local_of
 from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
 from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES
 from pylomin.residency.device import is_streamed_to
-from pylomin.residency.limits import format_bytes
 from pylomin.residency.residency import Residency
 from pylomin.residency.tiling import PACKED_TIMES, fits, lines_of, lines_per_tile
 from pylomin.residency.weight import Layout, Source, Weight, dense_layout, steps_of

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from pylomin.errors import PassError
+from pylomin.io.sizes import format_bytes
 from pylomin.lazy.distributed import local_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.lazy_loading import offload_modules
 from pylomin.passes.selection import ModuleT, check_model, named_or_given
-from pylomin.residency.limits import format_bytes
 
 
 def chunked_embedding(

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from pylomin.errors import PassError
+from pylomin.io.sizes import format_bytes, parse_bytes
 from pylomin.lazy.distributed import local_of
 from pylomin.lazy.module import is_linear
 from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.lazy_loading import offload_modules
 from pylomin.passes.selection import ModuleT, check_model, named_or_given
-from pylomin.residency.limits import format_bytes, parse_bytes
 
 
 def chunked_linear(

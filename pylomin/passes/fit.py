@@ -11,6 +11,7 @@ from torch import nn
 
 from pylomin.errors import BudgetError, PassError
 from pylomin.io.modes import Mode
+from pylomin.io.sizes import format_bytes, parse_bytes
 from pylomin.lazy.distributed import local_of
 from pylomin.lazy.module import LazyModule, whole_weights
 from pylomin.lazy.offload import check_mode, offloaded_slots, residencies_of
@@ -22,7 +23,6 @@ from pylomin.passes.memory_budget import set_memory_budget
 from pylomin.passes.prefetch import prefetch
 from pylomin.passes.selection import ModuleT, check_model
 from pylomin.residency.device import device_of, execution_device, is_streamed_to
-from pylomin.residency.limits import format_bytes, parse_bytes
 from pylomin.residency.memory_limits import MemoryLimits, anonymous_bytes, memory_limits
 from pylomin.residency.residency import Residency
 from pylomin.residency.trace import Key

@@ -11,6 +11,7 @@ from torch import nn
 
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
+from pylomin.io.sizes import parse_bytes
 from pylomin.lazy.distributed import check_distributed, mesh_device
 from pylomin.lazy.offload import (
     Tie,
@@ -28,7 +29,6 @@ from pylomin.lazy.sources import fill_buffers, matched_sources, missing_error, p
 from pylomin.lazy.tensor import OffloadedTensor
 from pylomin.passes.selection import ModuleT, check_model, select_modules
 from pylomin.residency.device import execution_device
-from pylomin.residency.limits import parse_bytes
 from pylomin.store.base import WeightStore
 from pylomin.store.open import open_store
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pylomin.errors import PassError
+from pylomin.io.sizes import parse_bytes
 from pylomin.lazy.offload import check_budget, offloaded_footprints, residencies_of
 from pylomin.passes.selection import ModuleT, check_model
-from pylomin.residency.limits import parse_bytes
 
 
 def set_memory_budget(model: ModuleT, memory_budget: int | str | None) -> ModuleT:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
+from pylomin.io.sizes import parse_bytes
 from pylomin.lazy.distributed import local_of, mesh_device
 from pylomin.pretrained.attach import offload_deferred
 from pylomin.pretrained.checkpoint import checkpoint_directory, open_checkpoint
@@ -26,7 +27,6 @@ from pylomin.pretrained.config import (
 )
 from pylomin.pretrained.deferred import DeferredTensor
 from pylomin.residency.device import execution_device
-from pylomin.residency.limits import parse_bytes
 
 _DOWNLOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")  # nothing to do
 _REFUSED = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from pylomin.io.buffers import keep_while_alive
 from pylomin.residency.device import Bytes, Event
 
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
@@ -103,11 +103,7 @@ def tensor_on(of: Bytes, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         made = torch.empty(0, dtype=torch.uint8, device=device)
         address = of.base.data_ptr() + of.offset_bytes
-        storage = torch._C._construct_storage_from_data_pointer(address, made.device, of.nbytes)
-        weakref.finalize(storage, _forget, of).atexit = False
+        storage: Any = torch._C._construct_storage_from_data_pointer(address, made.device, of.nbytes)
+        keep_while_alive(of, storage)
         made.set_(storage, 0, (of.nbytes,), (1,))
     return made
-
-
-def _forget(of: Bytes) -> None:
-    """The finalizer's argument keeps the bytes; when the storage is gone, nothing does."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pylomin.errors import BudgetError, TraceError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 from pylomin.residency.loading import Places
 from pylomin.residency.weight import Weight
 

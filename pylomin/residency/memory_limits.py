@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pylomin.io.sizes import format_bytes
 from pylomin.residency.cgroup import limited_cgroups
-from pylomin.residency.limits import format_bytes
 
 _RLIMITS = (  # name, resource, line of /proc/self/status that counts against it
     ("RLIMIT_AS", resource.RLIMIT_AS, "VmSize"),

@@ -13,8 +13,8 @@ import weakref
 import torch
 
 from pylomin.io.buffers import PAGE_BYTES, aligned, anonymous_memory
+from pylomin.io.sizes import format_bytes
 from pylomin.residency.device import Device
-from pylomin.residency.limits import format_bytes
 
 
 class PinnedMemory:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pylomin.errors import PlanError, StoreFormatError
-from pylomin.residency.limits import format_bytes
+from pylomin.io.sizes import format_bytes
 from pylomin.residency.schedule import Schedule
 from pylomin.residency.simulation import Group
 from pylomin.store.strict_json import parse_object, shorten

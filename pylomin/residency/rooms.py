@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from pylomin.errors import BudgetError
+from pylomin.io.sizes import format_bytes
 from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
 from pylomin.residency.device_errors import SPARE_SHARE, device_is_full
-from pylomin.residency.limits import format_bytes
 from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import ResidentParameter, State, Weight
 

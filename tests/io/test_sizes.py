@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pylomin.residency.limits import format_bytes, parse_bytes
+from pylomin.io.sizes import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
