@@ -7,16 +7,14 @@ from typing import Any
 
 from pylomin.io.spaces import Space
 
-LARGE = 4  # blocks of more than this part of the arena; few of them fit at one time
-
 
 class Arena:
     """Bookkeeping of what is free in ``memory``: neighbours that are free become one.
 
     What streams through a window comes and goes in about the same order, so there is always a large free stretch; a
-    list of free blocks would rarely hold one of the right size. Small blocks are taken from the beginning and large
-    ones from the end: a large one that comes after small ones would otherwise lie in the middle when these have gone,
-    with no room for another on either side. Not thread-safe.
+    list of free blocks would rarely hold one of the right size. A block is taken from where it leaves the longest
+    stretch when all that is in use now has gone: in the middle there would be room for another on neither side.
+    Not thread-safe.
 
     Args:
         memory: pages; ``nbytes`` of them are used.
@@ -35,16 +33,15 @@ class Arena:
 
     def take(self, nbytes: int) -> int | None:
         """Where ``nbytes`` that were free begin; None where no free stretch is that long."""
-        numbers = range(len(self._free))
-        is_large = nbytes * LARGE > self.nbytes
-        for i in reversed(numbers) if is_large else numbers:
-            start, stop = self._free[i]
-            if stop - start >= nbytes:
-                first = stop - nbytes if is_large else start
-                around = ((start, first), (first + nbytes, stop))
-                self._free[i : i + 1] = [stretch for stretch in around if stretch[0] < stretch[1]]
-                return first
-        return None
+        fitting = [(i, stretch) for i, stretch in enumerate(self._free) if stretch[1] - stretch[0] >= nbytes]
+        ends = [(i, first) for i, (start, stop) in fitting for first in (start, stop - nbytes)]
+        if not ends:
+            return None
+        i, first = max(ends, key=lambda end: max(end[1], self.nbytes - end[1] - nbytes))
+        start, stop = self._free[i]
+        around = ((start, first), (first + nbytes, stop))
+        self._free[i : i + 1] = [stretch for stretch in around if stretch[0] < stretch[1]]
+        return first
 
     def give(self, offset: int, nbytes: int) -> None:
         """Bytes from :meth:`take` are free again."""

@@ -12,7 +12,7 @@ from pylomin.io import syscalls
 from pylomin.io.buffers import PAGE_BYTES, aligned
 from pylomin.io.descriptor import Descriptor
 
-PIECE_BYTES = 4 << 20  # 4 MiB; with larger calls the disk waits while the kernel pins their pages
+MOST_BYTES = 64 << 20  # 64 MiB of one call: between calls the disk waits, longer where all processors compute
 _REFUSALS = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -91,7 +91,7 @@ def fill_direct(access: DirectAccess, offset_bytes: int, nbytes: int, buffer: me
     length = direct_bytes(offset_bytes, nbytes)
     position = 0
     while position < before + nbytes:
-        batch = buffer[position : min(length, position + PIECE_BYTES)]
+        batch = buffer[position : min(length, position + MOST_BYTES)]
         try:
             count = os.preadv(access.descriptor.fd, [batch], offset_bytes - before + position)
         except OSError as error:

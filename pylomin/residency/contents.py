@@ -271,12 +271,19 @@ class Contents:
         """Nobody holds it any more: it stays if it is planned to, if it fits beside the window, or is used next."""
         if loaded.spoiled or not self._may_stay(loaded):
             waits = self.reads_ahead or self.turns is not None
-            if waits and not loaded.spoiled and not loaded.is_unpacked and self.retention.is_next(loaded.members):
+            if waits and not loaded.spoiled and not loaded.is_unpacked and self._is_next(loaded):
                 loaded.used, self._ahead[loaded] = False, None  # as if it had been read ahead
             else:
                 self._drop(loaded)
         elif not loaded.kept:
             loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
+
+    def _is_next(self, loaded: Loaded) -> bool:
+        """Whether it is what has to be read next, if it leaves now; but for what is read by tiles."""
+        for key in self.retention.ahead():
+            if not all(weight.tiled for weight in self.weights_of(key)):
+                return not set(loaded.members).isdisjoint(key)
+        return False
 
     def _may_stay(self, loaded: Loaded) -> bool:
         budget = self.memory_budget

@@ -68,11 +68,11 @@ class Prefetcher:
             return
         wanted = self._wanted(residency)
         residency.drop_ahead([*wanted, *islice(residency.retention.ahead(), 1)])  # the next may be a small one
-        for weights in wanted.values():
+        for weights, tiles_bytes in wanted.values():
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
                 continue
-            room = _reserve_ahead(residency, missing, residency.places_of(missing), residency.tiles_bytes)
+            room = _reserve_ahead(residency, missing, residency.places_of(missing), tiles_bytes)
             if room is None:
                 return
             job = _Job(self._jobs, residency, missing, room)
@@ -114,17 +114,23 @@ class Prefetcher:
         self.submit(ahead)
         return ahead
 
-    def _wanted(self, residency: RunReads) -> dict[Key, list[Weight]]:
+    def _wanted(self, residency: RunReads) -> dict[Key, tuple[list[Weight], int]]:
+        """What to read ahead of each group, and the bytes to leave free for tiles that are used until then."""
         retention = residency.retention
+        now = residency.weights_of(retention.now())
+        tiles_bytes = residency.tiles_bytes if any(weight.tiled for weight in now) else 0
         # A device copies in the order of requests: what is not requested ahead comes after all that is.
         least_bytes = 1 if residency.carriers else SMALL_GROUP_BYTES
         most = self.depth if retention.schedule is None else self.fixed_depth or MOST_PLANNED
-        wanted: dict[Key, list[Weight]] = {}
+        wanted: dict[Key, tuple[list[Weight], int]] = {}
         for key in retention.ahead():
-            weights = [weight for weight in residency.weights_of(key) if not weight.tiled]
+            group = residency.weights_of(key)
+            weights = [weight for weight in group if not weight.tiled]
+            if len(weights) < len(group):
+                tiles_bytes = residency.tiles_bytes
             nbytes = sum([weight.nbytes for weight in weights])
             if nbytes >= least_bytes:
-                wanted[key] = weights
+                wanted.setdefault(key, (weights, tiles_bytes))
                 most -= nbytes >= SMALL_GROUP_BYTES
                 if most == 0:
                     break

@@ -68,6 +68,10 @@ class Replay:
         lane = self._lanes.here
         return None if lane.place_in is not self or lane.place == -1 else lane.place
 
+    def last(self) -> Key:
+        """The latest use."""
+        return () if self.latest == -1 else self.order[self.latest]
+
     def streamed_ahead(self) -> Iterator[Key]:
         """What is not resident of the uses after the latest, nearest first, once round."""
         first = bisect_right(self._streamed, self.latest)

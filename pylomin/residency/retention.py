@@ -130,13 +130,13 @@ class Retention:
         """Whether the plan leaves something out of memory."""
         return self._replay is not None and self._replay.streams
 
+    def now(self) -> Key:
+        """The group that was used last; none where there is no plan, or it was not followed yet."""
+        return () if self._replay is None else self._replay.last()
+
     def ahead(self) -> Iterator[Key]:
         """Groups that may have to be read next, nearest first."""
         return self.trace.upcoming(LOOKAHEAD) if self._replay is None else self._replay.streamed_ahead()
-
-    def is_next(self, members: Key) -> bool:
-        """Whether some of what was loaded has to be read next, if it leaves now."""
-        return not set(members).isdisjoint(next(self.ahead(), ()))
 
     def victim(self, idle: Sequence[InMemoryT]) -> InMemoryT:
         """What to give up first for something that is needed now.

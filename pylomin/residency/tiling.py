@@ -9,6 +9,8 @@ from pylomin.residency.weight import Layout, Weight
 # by tiles. Its packed bytes are loaded whole all the same where they are a small share.
 PACKED_TIMES = 8
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
+LARGE_TILE_BYTES = 16 << 20  # 16 MiB; where all processors compute, a read takes long to start
+LARGE_TIMES = 16  # a tile is larger than ``TILE_BYTES`` where it fits so often into the budget
 
 
 def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
@@ -46,13 +48,19 @@ def lines_per_tile(
     if wanted is None or wanted >= count:
         if fits(count * line_bytes, memory_budget, times):
             return None
-        wanted = TILE_BYTES // max(1, line_bytes)
+        wanted = _tile_bytes(memory_budget, times) // max(1, line_bytes)
     if memory_budget is not None:
         quarter = memory_budget // 4
         quarter -= PAGE_BYTES if quarter >= SMALL_BYTES else ALIGNMENT_BYTES  # which its memory is rounded up to
         wanted = min(wanted, quarter // max(1, line_bytes))
     lines = max(1, wanted)
     return lines if lines < count else None
+
+
+def _tile_bytes(memory_budget: int | None, times: int) -> int:
+    if memory_budget is None or times == PACKED_TIMES:
+        return TILE_BYTES
+    return min(max(TILE_BYTES, memory_budget // LARGE_TIMES), LARGE_TILE_BYTES)
 
 
 def times_to_fit(weight: Weight) -> int:

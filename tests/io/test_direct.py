@@ -132,7 +132,7 @@ class TestAlignedReads:
             read(WeightFile(path), 4000, 10000)
 
     def test_more_bytes_than_one_call_takes(self, system: Direct, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(direct, "PIECE_BYTES", PAGE_BYTES)
+        monkeypatch.setattr(direct, "MOST_BYTES", PAGE_BYTES)
         assert read(WeightFile(path), 100, 10000) == CONTENT[100:10100]
         assert [offset for offset, _ in system.calls] == [0, PAGE_BYTES, 2 * PAGE_BYTES]
 

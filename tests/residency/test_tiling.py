@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from pylomin.lazy.offload import Footprint, smallest_budget, use_bytes
 from pylomin.residency.residency import Residency
-from pylomin.residency.tiling import TILE_BYTES, lines_of, lines_per_tile, tile_rows
+from pylomin.residency.tiling import (
+    LARGE_TILE_BYTES,
+    LARGE_TIMES,
+    PACKED_TIMES,
+    TILE_BYTES,
+    lines_of,
+    lines_per_tile,
+    tile_rows,
+)
 from pylomin.residency.weight import Layout, Weight
 
 from .common import CPU, CountingStore, layout, weight_of
@@ -48,7 +56,10 @@ def test_budget_makes_chosen_tiles_smaller() -> None:
 
 
 def test_tiles_are_not_larger_than_they_need_to_be() -> None:
-    assert lines_per_tile(1 << 20, 4096, None, 1 << 30) == TILE_BYTES // 4096
+    assert lines_per_tile(1 << 20, 4096, None, 40 << 20) == TILE_BYTES // 4096
+    assert lines_per_tile(1 << 20, 4096, None, 128 << 20) == (128 << 20) // LARGE_TIMES // 4096
+    assert lines_per_tile(1 << 20, 4096, None, 1 << 30) == LARGE_TILE_BYTES // 4096
+    assert lines_per_tile(1 << 20, 4096, None, 1 << 30, times=PACKED_TIMES) == TILE_BYTES // 4096
 
 
 def test_weights_that_are_held_are_not_tiled() -> None:
