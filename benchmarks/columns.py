@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import OUT_OF_MEMORY
-from benchmarks.rows import PROCESS_CONSTANT_BYTES
+from benchmarks.rows import process_constant_bytes
 
 Cell = Callable[[Mapping[str, Any]], str]
 NOTHING = "–"
@@ -309,10 +309,11 @@ def caption(name: str, result: Mapping[str, Any]) -> str:
             "Bound: the larger of the resident model's time and the bytes read ÷ the disk's speed, measured by direct "
             "reads in the same process before and after the passes; × bound: in pairs with it."
         )
-    if any("within_budget" in row for row in rows):
+    constants = [process_constant_bytes(row) for row in rows if "within_budget" in row]
+    if constants:
         lines.append(
             "Within budget: the ledger and the tensors that hold weights never exceed it, and the process grows, seen "
-            f"from outside, by no more than the budget and {PROCESS_CONSTANT_BYTES >> 20} MiB."
+            f"from outside, by no more than the budget and {max(constants) >> 20} MiB."
         )
     for peer, ratio in result.get("times_as_fast_as", {}).items():
         lines.append(

@@ -46,13 +46,18 @@ def memory_line(run: WorkerRun) -> list[tuple[float, float]]:
     ]
 
 
+def process_constant_bytes(row: Mapping[str, Any]) -> int:
+    """``PROCESS_CONSTANT_BYTES``, and of a row that says so also its ``beside_bytes``."""
+    return PROCESS_CONSTANT_BYTES + int(row.get("beside_bytes", 0))
+
+
 def budget_truth(row: Mapping[str, Any]) -> dict[str, bool]:
     """Whether each witness of memory stayed within the row's budget: ledger, allocator, the process from outside."""
     budget = row["budget_bytes"]
     grown_bytes = row["peak_process_bytes"] - row["start_process_bytes"]
     truth = {
         "ledger": row["ledger_peak_bytes"] <= budget,
-        "process": grown_bytes <= budget + PROCESS_CONSTANT_BYTES,
+        "process": grown_bytes <= budget + process_constant_bytes(row),
     }
     if "peak_weight_bytes" in row:
         truth["allocator"] = row["peak_weight_bytes"] <= budget

@@ -80,6 +80,7 @@ def test_each_witness_of_memory_is_held_against_the_budget() -> None:
         "peak_process_bytes": 1000 + 100 + PROCESS_CONSTANT_BYTES + 1,
     }
     assert budget_truth(row) == {"ledger": False, "process": False, "allocator": True}
+    assert budget_truth(row | {"beside_bytes": 1}) == {"ledger": False, "process": True, "allocator": True}
 
 
 def test_failed_variants_keep_their_row() -> None:
