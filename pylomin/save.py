@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from pylomin.store.digests import DIGESTS_KEY
 from pylomin.store.dtypes import STORED_DTYPES
 from pylomin.store.open import open_store
 from pylomin.store.packed_format import QUANTIZED_KEY
-from pylomin.store.pieces import read_pieces, slices_of
+from pylomin.store.pieces import Buffers, read_pieces, slices_of
 from pylomin.store.progress import Progress
 from pylomin.store.quantized import QuantizedStore
 from pylomin.store.quantizing import QuantizingEncoder, write_quantized
@@ -96,7 +97,8 @@ def save_store(
     choose = _chooser(quantize, quantize_filter, dtype)
     store = open_store(source)
     try:
-        weights = [_stored(store, name) for name in store if filter is None or filter(name)]
+        buffers = Buffers()
+        weights = [_stored(store, name, buffers) for name in store if filter is None or filter(name)]
         return _save(
             weights,
             path,
@@ -193,9 +195,10 @@ def _save(
     if encoder is None:
         return save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
     options = replace(options, encoder=encoder)
-    return write_quantized(
-        encoder, lambda: save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
-    )
+    with contextlib.closing(encoder):
+        return write_quantized(
+            encoder, lambda: save_weights(weights, path, options, metadata=metadata, aliases=aliases, where=where)
+        )
 
 
 def _options(
@@ -226,9 +229,9 @@ def _options(
 # -- where the values come from -----------------------------------------------------------------------------------
 
 
-def _stored(store: WeightStore, name: str) -> WeightToWrite:
+def _stored(store: WeightStore, name: str, buffers: Buffers) -> WeightToWrite:
     info = store.info(name)
-    return WeightToWrite(name, info.dtype, info.shape, partial(read_pieces, store, name))
+    return WeightToWrite(name, info.dtype, info.shape, partial(read_pieces, store, name, buffers))
 
 
 def _metadata_of(store: WeightStore) -> dict[str, str]:

@@ -16,28 +16,47 @@ LIMITS = {8: 127, 4: 7}  # the largest code, by bits
 _SMALLEST_NORMAL = torch.finfo(torch.bfloat16).smallest_normal
 
 
-def quantize(values: torch.Tensor, group_size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    values: torch.Tensor,
+    group_size: int,
+    bits: int,
+    *,
+    restored: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of a matrix of shape ``(rows, columns)``, neither of them 0.
 
     Args:
         values: float32 or float64.
         group_size: columns that share a scale; the last group of a row may be shorter.
         bits: 8 or 4.
+        restored: receives what :func:`dequantize` makes of the result; of the shape and dtype of ``values``.
+        out: receives the codes.
 
     Returns:
         Codes, int8 of shape ``(rows, columns)`` or uint8 of shape ``(rows, ceil(columns / 2))``; and scales, bfloat16
         of shape ``(rows, ceil(columns / group_size))``, which are not finite where a value of the group is not, or is
         out of range.
     """
-    scales = _round_scales(_largest(values, group_size) / LIMITS[bits])
+    steps = torch.empty_like(values) if restored is None else restored  # every intermediate result lies there
+    blocks = list(zip(_blocks(values, group_size), _blocks(steps, group_size), strict=True))
+    largest = [torch.abs(block, out=step).amax(-1) for block, step in blocks]
+    scales = _round_scales((largest[0] if len(largest) == 1 else torch.cat(largest, 1)).div_(LIMITS[bits]))
     divisors = scales.to(values.dtype)
     divisors.masked_fill_(divisors == 0, 1)
-    codes = torch.empty_like(values)
-    steps = _scale_blocks(divisors, values.shape[1], group_size)
-    for block, out, step in zip(_blocks(values, group_size), _blocks(codes, group_size), steps, strict=True):
-        torch.div(block, step, out=out)
-    codes = codes.round_().to(torch.int8)
-    return (codes if bits == 8 else _pack(codes)), scales
+    divisors_of_blocks = _scale_blocks(divisors, values.shape[1], group_size)
+    for (block, step), divisor in zip(blocks, divisors_of_blocks, strict=True):
+        torch.div(block, divisor, out=step)
+    steps.round_()
+    if bits == 4:
+        packed = _pack(steps.to(torch.int8))
+        codes = packed if out is None else out.copy_(packed)
+    else:
+        codes = steps.to(torch.int8) if out is None else out.copy_(steps)
+    if restored is not None:
+        for (_, step), divisor in zip(blocks, divisors_of_blocks, strict=True):
+            step.mul_(divisor)
+    return codes, scales
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, group_size: int, bits: int, out: torch.Tensor) -> None:
@@ -79,10 +98,6 @@ def _scale_blocks(scales: torch.Tensor, columns: int, group_size: int) -> list[t
     """The scales that belong to the views of :func:`_blocks`."""
     whole = columns // group_size
     return [part.unsqueeze(-1) for part in (scales[:, :whole], scales[:, whole:]) if part.shape[1]]
-
-
-def _largest(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    return torch.cat([block.abs().amax(-1) for block in _blocks(values, group_size)], 1)
 
 
 def _round_scales(scales: torch.Tensor) -> torch.Tensor:

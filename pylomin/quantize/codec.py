@@ -9,7 +9,7 @@ import torch
 
 from pylomin.errors import PassError
 from pylomin.quantize.error_sum import ErrorSum
-from pylomin.quantize.packing import FINER, FULL, GROUP_SIZE, SCHEMES, NotEncodable, Packing
+from pylomin.quantize.packing import FINER, FULL, GROUP_SIZE, SCHEMES, NotEncodable, Packing, Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +145,7 @@ def _encode(tensor: torch.Tensor, packing: Packing) -> tuple[tuple[torch.Tensor,
     matrix = tensor.reshape(packing.matrix_shape)
     parts = tuple(torch.empty(part.shape, dtype=part.dtype) for part in packing.parts)
     matrices = as_matrices(packing, parts)
-    errors = ErrorSum()
+    errors, workspace = ErrorSum(), Workspace()
     for first, last in packing.chunks():
-        rows = packing.encode_rows(matrix[first:last], errors)
-        for part, encoded in zip(matrices, rows, strict=True):
-            part[first:last] = encoded
+        packing.encode_rows(matrix[first:last], tuple(part[first:last] for part in matrices), errors, workspace)
     return parts, errors

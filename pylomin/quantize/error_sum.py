@@ -19,9 +19,14 @@ class ErrorSum:
         self._norm = 0.0
 
     def add(self, values: torch.Tensor, decoded: torch.Tensor) -> bool:
-        """Count a chunk; ``values`` is float32 or float64. Returns False, and counts nothing, if not all is finite."""
+        """Count a chunk, and overwrite ``decoded``. Returns False, and counts nothing, if not all is finite.
+
+        Args:
+            values: float32 or float64.
+        """
         error = decoded.to(values.dtype).sub_(values)
-        largest = float(error.abs().amax())
+        lowest, highest = error.aminmax()
+        largest = max(-float(lowest), float(highest))
         if not math.isfinite(largest):
             return False
         self.max_error = max(self.max_error, largest)

@@ -28,6 +28,19 @@ class NotEncodable(Exception):  # an answer, not an error: the weight stays in f
     """A scheme cannot hold these values; the message says why."""
 
 
+class Workspace:
+    """Memory for intermediate values, used again and again: fresh pages would cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def like(self, values: torch.Tensor) -> torch.Tensor:
+        """Of the shape and dtype of ``values``; overwritten by what is asked for next."""
+        if self._memory.dtype != values.dtype or self._memory.numel() < values.numel():
+            self._memory = torch.empty(values.numel(), dtype=values.dtype)
+        return self._memory[: values.numel()].view(values.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One of the stored tensors that make up a weight."""
@@ -107,6 +120,10 @@ class Packing:
         rows = max(1, self.matrix_shape[0])
         return tuple((part.dtype, math.prod(part.shape) // rows) for part in self.parts)
 
+    def empty_rows(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """Memory for the parts of so many rows, as matrices."""
+        return tuple(torch.empty(rows, columns, dtype=dtype) for dtype, columns in self.part_rows())
+
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows, the last one exclusive, of about ``CHUNK_BYTES`` each."""
         rows = self.matrix_shape[0]
@@ -115,35 +132,43 @@ class Packing:
             yield first, min(first + step, rows)
 
     def encode_rows(
-        self, values: torch.Tensor, errors: ErrorSum, reference: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+        self,
+        values: torch.Tensor,
+        out: tuple[torch.Tensor, ...],
+        errors: ErrorSum,
+        workspace: Workspace,
+        reference: torch.Tensor | None = None,
+    ) -> None:
         """The parts of some rows.
 
         Args:
             values: ``(some rows, columns)`` of ``dtype``.
+            out: receives the parts, as matrices; see :meth:`part_rows`.
             errors: what decoding will not give back is added to it.
+            workspace: for intermediate values.
             reference: encode the difference to these rows.
 
         Raises:
             NotEncodable: the scheme cannot hold these values.
         """
         if self.scheme == FULL:
-            return (values.contiguous(),)
+            out[0].copy_(values)
+            return
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         exact = values.to(wide)
         target = exact if reference is None else exact - reference.to(wide)
-        parts: tuple[torch.Tensor, ...]
+        restored = workspace.like(exact)
         if self.has_scales:
-            parts = quantize(target, self._columns_per_scale, _BITS[self.scheme])
-            largest = parts[1].to(torch.float64).amax() * LIMITS[_BITS[self.scheme]]
+            codes, scales = out
+            bits = _BITS[self.scheme]
+            scales.copy_(quantize(target, self._columns_per_scale, bits, restored=restored, out=codes)[1])
+            largest = scales.to(torch.float64).amax() * LIMITS[bits]
         else:
-            parts = (target.to(_CASTS[self.scheme]),)
-            largest = parts[0].abs().amax().to(torch.float64)
-        decoded = torch.empty_like(values) if reference is None else reference.clone()
-        self.decode_rows(parts, decoded, add=reference is not None)
+            restored.copy_(out[0].copy_(target))
+            largest = out[0].abs().amax().to(torch.float64)
+        decoded = restored.to(self.dtype) if reference is None else reference.clone().add_(restored)
         if not largest <= torch.finfo(self.dtype).max or not errors.add(exact, decoded):
             raise NotEncodable("values out of range" if bool(torch.isfinite(values).all()) else NON_FINITE)
-        return parts
 
     def decode_rows(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor, *, add: bool = False) -> None:
         """Rows from their parts.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
 import torch
 
@@ -17,14 +19,34 @@ from pylomin.store.tensor_bytes import byte_view
 
 T = TypeVar("T")
 
-PIECE_BYTES = 1 << 22  # 4 MiB: larger reads were no faster
+PIECE_BYTES = 8 << 20  # 8 MiB: where all processors compute, reads of 4 MiB took a tenth longer
+AHEAD = 3  # pieces to make while one is used: with one, readers, encoders and writers often waited for each other
 
 
-def read_pieces(store: WeightStore, name: str) -> Iterator[torch.Tensor]:
-    """One weight as runs of its elements; each stays as it is until the next but one is asked for.
+class Buffers:
+    """Memory for pieces, in turn: each stays as it is until ``AHEAD`` more were made, and another is asked for."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8)] * (1 + AHEAD)
+
+    def next(self, nbytes: int) -> torch.Tensor:
+        """At least so many bytes, at the beginning of a page."""
+        buffer = self._buffers.pop(0)
+        if len(buffer) < nbytes:
+            # Of huge pages where it is large: direct reads into them are half as fast again.
+            buffer = torch.frombuffer(anonymous_memory(aligned(nbytes, PAGE_BYTES)), dtype=torch.uint8)
+        self._buffers.append(buffer)
+        return buffer
+
+
+def read_pieces(store: WeightStore, name: str, buffers: Buffers | None = None) -> Iterator[torch.Tensor]:
+    """One weight as runs of its elements; each stays as it is until ``AHEAD`` more were made, and another is asked for.
 
     A store that may have to compute a weight as a whole in order to read some of it is asked for all at once. A large
     weight that is not cached is read past the page cache, which it would fill with what is not read again soon.
+
+    Args:
+        buffers: for the pieces of several large weights, one after the other.
 
     Raises:
         WeightNotFoundError, StoreReadError: as ``store`` does.
@@ -34,21 +56,20 @@ def read_pieces(store: WeightStore, name: str) -> Iterator[torch.Tensor]:
         return
     info = store.info(name)
     numel, itemsize = math.prod(info.shape), info.dtype.itemsize
-    step = max(1, PIECE_BYTES // itemsize) if isinstance(store, ExtentStore) else max(1, numel)
+    step = max(1, PIECE_BYTES // itemsize if isinstance(store, ExtentStore) else numel)
     cold = _cold(store, name)
-    buffers: list[torch.Tensor] = []
-    for number, start in enumerate(range(0, numel, step)):
+    # Small weights have memory of their own: many of them are written together.
+    buffers = Buffers() if buffers is None or not cold else buffers
+    for start in range(0, numel, step):
         nbytes = min(step, numel - start) * itemsize
-        if len(buffers) < 2:  # the size of the first piece is that of the largest
-            buffers.append(_buffer(nbytes + (2 * PAGE_BYTES if cold else 0), cold is not None))
-        buffer = buffers[number % 2]
         if cold:
             offset = (cold.extent.start + start * itemsize) % PAGE_BYTES
+            buffer = buffers.next(PIECE_BYTES + 2 * PAGE_BYTES)
             read_direct(cold, name, start * itemsize, nbytes, byte_view(buffer))
-            yield buffer[offset : offset + nbytes].view(info.dtype)
         else:
+            offset, buffer = 0, buffers.next(nbytes)
             store.read([ReadRequest(name, start * itemsize, byte_view(buffer[:nbytes]))])
-            yield buffer[:nbytes].view(info.dtype)
+        yield buffer[offset : offset + nbytes].view(info.dtype)
 
 
 def slices_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -61,26 +82,65 @@ def slices_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 def made_ahead(
     items: Iterator[T], *, one_core: bool = False, beside: Callable[[T], bool] = lambda item: True
 ) -> Iterator[T]:
-    """The items, none of them None, each made by another thread while the one before it is used.
+    """The items, of which another thread makes up to ``AHEAD`` more while one is used.
 
     Args:
         one_core: that thread is to use one core, since others read, hash and write at the same time: threads of torch
             that wait for each other while those run took twice as long.
-        beside: whether an item is small enough for the next to be made while it is in memory.
+        beside: whether an item is small enough for others to be made while it is in memory.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="pylomin-made-ahead") as thread:
+    maker = _Maker(items, one_core, beside)
+    thread = threading.Thread(target=maker.make, name="pylomin-made-ahead", daemon=True)
+    thread.start()
+    try:
         if one_core:
-            thread.submit(_use_one_core).result()
+            maker.made.get()  # the thread has set its number of threads
             torch.set_num_threads(torch.get_num_threads())  # what later threads begin with is as it was
-        made = thread.submit(next, items, None)
-        while (item := made.result()) is not None:
-            del made  # it holds the item, too
-            if goes_on := beside(item):
-                made = thread.submit(next, items, None)
+        while (item := maker.made.get()) is not None:
+            if isinstance(item, _Failure):
+                raise item.error
+            maker.may_make.put(True)
+            is_large = not beside(item)
             yield item
             del item
-            if not goes_on:
-                made = thread.submit(next, items, None)
+            if is_large:
+                maker.may_go_on.put(True)
+    finally:
+        maker.may_make.put(False)
+        maker.may_go_on.put(False)
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+class _Maker(Generic[T]):
+    """What the thread of :func:`made_ahead` does. Its queues are used as semaphores that an interrupt cannot break."""
+
+    def __init__(self, items: Iterator[T], one_core: bool, beside: Callable[[T], bool]) -> None:
+        self.made: SimpleQueue[T | _Failure | None] = SimpleQueue()
+        self.may_make: SimpleQueue[bool] = SimpleQueue()  # once for each item, in all AHEAD more than were taken
+        self.may_go_on: SimpleQueue[bool] = SimpleQueue()  # once for each large item
+        self._items, self._one_core, self._beside = items, one_core, beside
+        for _ in range(AHEAD):
+            self.may_make.put(True)
+
+    def make(self) -> None:
+        try:
+            if self._one_core:
+                _use_one_core()
+                self.made.put(None)
+            while self.may_make.get():
+                item = next(self._items, None)
+                is_large = item is not None and not self._beside(item)
+                self.made.put(item)
+                if item is None or (is_large and not self.may_go_on.get()):
+                    return
+                del item
+        except BaseException as error:  # for who takes the items
+            self.made.put(_Failure(error))
 
 
 def _use_one_core() -> None:
@@ -97,10 +157,3 @@ def _cold(store: WeightStore, name: str) -> StoredWeight | None:
         return None
     fraction = weight.file.cached_fraction([weight.extent])
     return weight if fraction is not None and fraction < CACHED else None
-
-
-def _buffer(nbytes: int, cold: bool) -> torch.Tensor:
-    """Memory that begins with a page; for direct reads of huge pages, into which they are half as fast again."""
-    if cold:
-        return torch.frombuffer(anonymous_memory(aligned(nbytes, PAGE_BYTES)), dtype=torch.uint8)
-    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

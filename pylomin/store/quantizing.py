@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, TypeVar
 
@@ -15,8 +15,17 @@ from pylomin.quantize.choose import Choose
 from pylomin.quantize.codec import candidates, exceeds, is_smaller
 from pylomin.quantize.error_sum import ErrorSum
 from pylomin.quantize.lossless import BLOCK_BYTES, check_available, compress
-from pylomin.quantize.packing import FULL, GROUP_SIZE, NON_FINITE, SCHEMES, NotEncodable, Packing
+from pylomin.quantize.packing import (
+    FULL,
+    GROUP_SIZE,
+    NON_FINITE,
+    SCHEMES,
+    NotEncodable,
+    Packing,
+    Workspace,
+)
 from pylomin.store.base import ReadRequest, WeightInfo
+from pylomin.store.in_turn import PiecesInTurn
 from pylomin.store.packed_format import (
     QUANTIZED_KEY,
     SAME,
@@ -27,13 +36,15 @@ from pylomin.store.packed_format import (
     file_digest,
     format_packed,
 )
-from pylomin.store.pieces import PIECE_BYTES, made_ahead
+from pylomin.store.pieces import made_ahead
 from pylomin.store.quantized import MAX_CHAIN, QuantizedStore
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.tensor_bytes import byte_view
 from pylomin.store.writer import WeightToWrite
 
 T = TypeVar("T")
+HANDED_BYTES = 2 << 20  # 2 MiB: to hand over less to other threads costs more time
+ENCODED_BYTES = 2 << 20  # 2 MiB of values at one time: with fewer, calls and waiting for the GIL took a fifth longer
 
 
 class Rejected(Exception):  # an answer, not an error
@@ -90,13 +101,15 @@ class QuantizingEncoder:
         self._lossless = lossless
         self._scratch_directory = scratch_directory
         self._scratch: IO[bytes] | None = None
+        self._sources = PiecesInTurn()
         self._rejected: dict[str, list[str]] = {}  # reasons, one for each scheme that did not suit
         self._written: dict[str, _Written] = {}
         if lossless:
             check_available()
 
     def close(self) -> None:
-        """Remove what was put aside. Idempotent."""
+        """Remove what was put aside, end what was begun. Idempotent."""
+        self._sources.close()
         if self._scratch is not None:
             self._scratch.close()
             self._scratch = None
@@ -123,7 +136,9 @@ class QuantizingEncoder:
                 self._note(weight, Packed(packing, reason=reason), weight)
             return [weight]
         entry = Packed(packing, has_reference, max_error=UNKNOWN, rms_error=UNKNOWN, reason=reason)
-        rows = _EncodedRows(weight, packing, self._reference_rows if has_reference else None, self._finish)
+        rows = _EncodedRows(
+            self._sources.add(weight), packing, self._reference_rows if has_reference else None, self._finish
+        )
         first, *others = packing.parts
         stored_parts = [WeightToWrite(weight.name, first.dtype, first.shape, rows.codes)]
         stored_parts += [WeightToWrite(weight.name + p.suffix, p.dtype, p.shape, rows.scales) for p in others]
@@ -143,6 +158,7 @@ class QuantizingEncoder:
                 times = len(SCHEMES) if problem == NON_FINITE else 1
                 self._rejected.setdefault(name, []).extend([problem] * times)
             self._written.clear()
+            self._sources.close()
             raise Rejected
         here = set(names)
         entries = {
@@ -199,7 +215,8 @@ class QuantizingEncoder:
             self._scratch = tempfile.TemporaryFile(dir=self._scratch_directory)  # noqa: SIM115  # see `close`
         file, begin, sizes = self._scratch, self._scratch.seek(0, os.SEEK_END), []
         itemsize, done_bytes = weight.dtype.itemsize, 0
-        for chunk in row_chunks(made_ahead(weight.pieces()), 1, BLOCK_BYTES // itemsize):
+        numel = BLOCK_BYTES // itemsize
+        for chunk in runs_of(made_ahead(weight.pieces()), numel, numel):
             reference = self._reference_rows(weight.name, done_bytes, chunk)
             done_bytes += chunk.nbytes
             values, old = (numbers.view(torch.uint8).view(-1, itemsize) for numbers in (chunk, reference))
@@ -215,7 +232,8 @@ class QuantizingEncoder:
 
     def _is_same(self, weight: WeightToWrite) -> bool:
         offset_bytes = 0
-        for chunk in row_chunks(weight.pieces(), 1, BLOCK_BYTES // weight.dtype.itemsize):
+        numel = BLOCK_BYTES // weight.dtype.itemsize
+        for chunk in runs_of(weight.pieces(), numel, numel):
             reference = self._reference_rows(weight.name, offset_bytes, chunk)
             if not torch.equal(chunk.view(torch.uint8), reference.view(torch.uint8)):
                 return False
@@ -258,63 +276,56 @@ class _EncodedRows:
     _scales: list[torch.Tensor] = field(default_factory=list)
 
     def codes(self) -> Iterator[torch.Tensor]:
-        return _joined(self._codes())
-
-    def _codes(self) -> Iterator[torch.Tensor]:
-        errors = ErrorSum()
-        problem = ""
-        done_bytes = 0
-        chunk_rows = max(1, BLOCK_BYTES // self.packing.row_bytes)
-        for rows in row_chunks(made_ahead(self.weight.pieces()), self.packing.matrix_shape[1], chunk_rows):
+        packing, errors, workspace, problem = self.packing, ErrorSum(), Workspace(), ""
+        rows_left, columns = packing.matrix_shape
+        chunk_numel = ENCODED_BYTES // packing.dtype.itemsize
+        dtype, code_columns = packing.part_rows()[0]
+        most_rows = max(1, chunk_numel // columns, HANDED_BYTES // (code_columns * dtype.itemsize)) if columns else 0
+        parts, filled, done_bytes = packing.empty_rows(min(rows_left, most_rows)), 0, 0
+        for run in runs_of(self.weight.pieces(), max(1, columns), chunk_numel):
+            rows = run.view(-1, columns)
+            if filled + len(rows) > len(parts[0]):
+                yield self._filled(parts, filled)
+                parts, filled = packing.empty_rows(min(rows_left, most_rows)), 0
             reference = self.reference_rows(self.weight.name, done_bytes, rows) if self.reference_rows else None
-            done_bytes += rows.nbytes
+            out = tuple(part[filled : filled + len(rows)] for part in parts)
+            filled, rows_left, done_bytes = filled + len(rows), rows_left - len(rows), done_bytes + rows.nbytes
             try:
-                parts = self.packing.encode_rows(rows, errors, reference)
+                packing.encode_rows(rows, out, errors, workspace, reference)
             except NotEncodable as reason:
                 problem = str(reason)
-                parts = tuple(torch.zeros(len(rows), n, dtype=dtype) for dtype, n in self.packing.part_rows())
-            self._scales += [part.reshape(-1) for part in parts[1:]]
-            yield parts[0].reshape(-1)
+        if filled:
+            yield self._filled(parts, filled)
         self.finish(self.weight.name, errors, problem)
 
+    def _filled(self, parts: tuple[torch.Tensor, ...], rows: int) -> torch.Tensor:
+        """The codes; the scales are kept until the codes are all written."""
+        self._scales += [part[:rows].reshape(-1) for part in parts[1:]]
+        return parts[0][:rows].reshape(-1)
+
     def scales(self) -> Iterator[torch.Tensor]:
-        yield from _joined(self._scales)
-        self._scales.clear()
+        if self._scales:
+            yield torch.cat(self._scales)
+            self._scales.clear()
 
 
 # -- pieces of weights ------------------------------------------------------------------------------------------------
 
 
-def row_chunks(pieces: Iterator[torch.Tensor], columns: int, chunk_rows: int) -> Iterator[torch.Tensor]:
-    """Runs of elements as matrices of ``columns``, on the CPU, of ``chunk_rows`` rows but for the last."""
-    chunk_numel = chunk_rows * columns
+def runs_of(pieces: Iterator[torch.Tensor], unit: int, most: int) -> Iterator[torch.Tensor]:
+    """The elements, on the CPU, in runs of whole ``unit``s but for the last, of which none has more than ``most``."""
     begun: torch.Tensor | None = None
     for piece in pieces:
         flat = piece.detach().reshape(-1).to("cpu").resolve_conj().resolve_neg()
         if begun is not None:
-            begun, flat = torch.cat([begun, flat[: chunk_numel - len(begun)]]), flat[chunk_numel - len(begun) :]
-            if len(begun) < chunk_numel:
+            missing = unit - len(begun)
+            begun, flat = torch.cat([begun, flat[:missing]]), flat[missing:]
+            if len(begun) < unit:
                 continue
-            yield begun.view(-1, columns)
-        whole = len(flat) // chunk_numel * chunk_numel
-        for start in range(0, whole, chunk_numel):
-            yield flat[start : start + chunk_numel].view(-1, columns)
-        # A copy: the memory of the piece is used again for the next one.
+            yield begun
+        whole = len(flat) // unit * unit
+        yield from flat[:whole].split(max(unit, most // unit * unit)) if whole else ()
+        # A copy: the memory of the piece is used again for another one.
         begun = flat[whole:].clone() if whole < len(flat) else None
     if begun is not None:
-        yield begun.view(-1, columns)
-
-
-def _joined(vectors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Joined to at least ``PIECE_BYTES`` each but for the last: handing over less to other threads costs more time."""
-    joined: list[torch.Tensor] = []
-    nbytes = 0
-    for vector in vectors:
-        joined.append(vector)
-        nbytes += vector.nbytes
-        if nbytes >= PIECE_BYTES:
-            yield torch.cat(joined)
-            joined.clear()
-            nbytes = 0
-    if joined:
-        yield torch.cat(joined)
+        yield begun

@@ -35,7 +35,7 @@ class WeightToWrite:
     shape: tuple[int, ...]
     get_values: Callable[[], torch.Tensor | Iterator[torch.Tensor]]
     """Called once: the tensor (any device and strides), or runs of its elements in row-major order, one after the
-    other, each of which must stay as it is until the next but one is asked for."""
+    other, each of which must stay as it is until ``AHEAD`` more were made, and another is asked for."""
 
     @property
     def nbytes(self) -> int:
@@ -323,7 +323,7 @@ _Batch = list[tuple[WeightToWrite, torch.Tensor | None]]
 
 
 def _is_small(batch: _Batch) -> bool:
-    return sum(piece.nbytes for _, piece in batch if piece is not None) <= PIECE_BYTES
+    return all(piece is None or piece.nbytes <= PIECE_BYTES for _, piece in batch)
 
 
 def _batches(weights: Sequence[WeightToWrite]) -> Iterator[_Batch]:
@@ -334,7 +334,7 @@ def _batches(weights: Sequence[WeightToWrite]) -> Iterator[_Batch]:
         for piece in weight.pieces():
             batch.append((weight, piece))
             nbytes += piece.nbytes
-            is_run = piece.nbytes < weight.nbytes  # which what comes after the next may overwrite
+            is_run = piece.nbytes < weight.nbytes  # whose memory may be used again
             del piece
             if is_run or nbytes >= _MIN_PARALLEL_BYTES:
                 yield batch

@@ -12,7 +12,7 @@ import torch
 
 from pylomin.errors import StoreReadError
 from pylomin.io.files import WeightFile
-from pylomin.store.pieces import PIECE_BYTES, made_ahead, read_pieces
+from pylomin.store.pieces import AHEAD, PIECE_BYTES, made_ahead, read_pieces
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.writer import WeightToWrite, write_safetensors
 
@@ -80,20 +80,20 @@ def test_cold_pieces_of_a_file_that_is_cut_off(path: Path) -> None:
     store.close()
 
 
-def test_made_ahead_makes_one_ahead() -> None:
+def test_made_ahead_makes_a_few_ahead() -> None:
     made: list[int] = []
     enough = threading.Semaphore(0)
 
     def items() -> Iterator[int]:
-        for number in range(5):
+        for number in range(2 * AHEAD):
             made.append(number)
             enough.release()
             yield number
 
     for number in made_ahead(items()):
-        for _ in range(2 if number == 0 else 1 if number < 4 else 0):
+        for _ in range(1 + AHEAD if number == 0 else 1 if number + AHEAD < 2 * AHEAD else 0):
             assert enough.acquire(timeout=10)
-        assert len(made) == min(number + 2, 5)
+        assert len(made) == min(number + 1 + AHEAD, 2 * AHEAD)
 
 
 def test_made_ahead_waits_for_large_items() -> None:

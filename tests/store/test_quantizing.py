@@ -18,8 +18,8 @@ import pylomin
 from pylomin.errors import StoreReadError
 from pylomin.quantize.choose import chooser
 from pylomin.quantize.codec import encode
-from pylomin.store.pieces import made_ahead
-from pylomin.store.quantizing import QuantizingEncoder, Rejected, row_chunks, write_quantized
+from pylomin.store.pieces import AHEAD, made_ahead
+from pylomin.store.quantizing import QuantizingEncoder, Rejected, runs_of, write_quantized
 from pylomin.store.saving import SaveOptions, save_weights
 from pylomin.store.writer import WeightToWrite
 
@@ -27,11 +27,11 @@ from .files import open_descriptors, read_tensor, same_bits
 
 
 def reused_pieces(tensor: torch.Tensor, sizes: list[int]) -> Iterator[torch.Tensor]:
-    """Runs of elements in two buffers, in turn, each overwritten with nonsense when it is no longer to be used."""
+    """Runs of elements in a few buffers, in turn, each overwritten with nonsense when it is no longer to be used."""
     flat, start = tensor.reshape(-1), 0
-    buffers = [torch.empty(max(sizes, default=1), dtype=tensor.dtype) for _ in range(2)]
+    buffers = [torch.empty(max(sizes, default=1), dtype=tensor.dtype) for _ in range(1 + AHEAD)]
     for number in itertools.count():
-        buffer = buffers[number % 2].fill_(-1)
+        buffer = buffers[number % len(buffers)].fill_(-1)
         if start >= flat.numel():
             return
         piece = buffer[: min(sizes[number % len(sizes)], flat.numel() - start)]
@@ -46,12 +46,13 @@ def weight(tensor: torch.Tensor, sizes: list[int]) -> WeightToWrite:
 
 @settings(deadline=None, max_examples=80)
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 5), st.lists(st.integers(1, 30), min_size=1, max_size=3))
-def test_chunks_are_whole_rows(rows, columns, chunk_rows, sizes):
-    tensor = torch.arange(rows * columns).view(rows, columns)
-    chunks = [chunk.clone() for chunk in row_chunks(made_ahead(weight(tensor, sizes).pieces()), columns, chunk_rows)]
-    assert [len(chunk) for chunk in chunks[:-1]] == [chunk_rows] * (len(chunks) - 1)
-    assert all(0 < len(chunk) <= chunk_rows for chunk in chunks)
-    assert torch.equal(torch.cat(chunks) if chunks else torch.empty(0, columns, dtype=torch.int64), tensor)
+def test_runs_are_of_whole_units(units, unit, most_units, sizes):
+    tensor = torch.arange(units * unit + unit // 2)
+    most = most_units * unit + unit // 2
+    runs = [run.clone() for run in runs_of(made_ahead(weight(tensor, sizes).pieces()), unit, most)]
+    assert all(0 < len(run) <= max(unit, most) for run in runs)
+    assert not any(len(run) % unit for run in runs[:-1])
+    assert torch.equal(torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64), tensor)
 
 
 def write(tensors: dict[str, torch.Tensor], path, encoder: QuantizingEncoder, sizes: list[int]) -> None:
