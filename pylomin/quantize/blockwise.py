@@ -41,9 +41,14 @@ def quantize(
     steps = torch.empty_like(values) if restored is None else restored  # every intermediate result lies there
     blocks = list(zip(_blocks(values, group_size), _blocks(steps, group_size), strict=True))
     largest = [torch.abs(block, out=step).amax(-1) for block, step in blocks]
-    scales = _round_scales((largest[0] if len(largest) == 1 else torch.cat(largest, 1)).div_(LIMITS[bits]))
-    divisors = scales.to(values.dtype)
-    divisors.masked_fill_(divisors == 0, 1)
+    exact_scales = (largest[0] if len(largest) == 1 else torch.cat(largest, 1)).div_(LIMITS[bits])
+    if exact_scales.amin() >= _SMALLEST_NORMAL:  # nearly always
+        scales = exact_scales.to(torch.float32).to(torch.bfloat16)
+        divisors = scales.to(values.dtype)
+    else:
+        scales = _round_scales(exact_scales)
+        divisors = scales.to(values.dtype)
+        divisors.masked_fill_(divisors == 0, 1)
     divisors_of_blocks = _scale_blocks(divisors, values.shape[1], group_size)
     for (block, step), divisor in zip(blocks, divisors_of_blocks, strict=True):
         torch.div(block, divisor, out=step)

@@ -162,10 +162,10 @@ class Packing:
             codes, scales = out
             bits = _BITS[self.scheme]
             scales.copy_(quantize(target, self._columns_per_scale, bits, restored=restored, out=codes)[1])
-            largest = scales.to(torch.float64).amax() * LIMITS[bits]
+            largest = float(scales.amax()) * LIMITS[bits]
         else:
             restored.copy_(out[0].copy_(target))
-            largest = out[0].abs().amax().to(torch.float64)
+            largest = float(out[0].abs().amax())
         decoded = restored.to(self.dtype) if reference is None else reference.clone().add_(restored)
         if not largest <= torch.finfo(self.dtype).max or not errors.add(exact, decoded):
             raise NotEncodable("values out of range" if bool(torch.isfinite(values).all()) else NON_FINITE)
