@@ -120,10 +120,6 @@ class Packing:
         rows = max(1, self.matrix_shape[0])
         return tuple((part.dtype, math.prod(part.shape) // rows) for part in self.parts)
 
-    def empty_rows(self, rows: int) -> tuple[torch.Tensor, ...]:
-        """Memory for the parts of so many rows, as matrices."""
-        return tuple(torch.empty(rows, columns, dtype=dtype) for dtype, columns in self.part_rows())
-
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows, the last one exclusive, of about ``CHUNK_BYTES`` each."""
         rows = self.matrix_shape[0]

@@ -19,8 +19,8 @@ from pylomin.store.tensor_bytes import byte_view
 
 T = TypeVar("T")
 
-PIECE_BYTES = 8 << 20  # 8 MiB: where all processors compute, reads of 4 MiB took a tenth longer
-AHEAD = 3  # pieces to make while one is used: with one, readers, encoders and writers often waited for each other
+PIECE_BYTES = 16 << 20  # 16 MiB: where all processors compute, reads of 4 MiB took a tenth longer
+AHEAD = 2  # pieces to make while one is used: with one, readers, encoders and writers often waited for each other
 
 
 class Buffers:

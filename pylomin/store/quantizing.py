@@ -36,7 +36,7 @@ from pylomin.store.packed_format import (
     file_digest,
     format_packed,
 )
-from pylomin.store.pieces import made_ahead
+from pylomin.store.pieces import Buffers, made_ahead
 from pylomin.store.quantized import MAX_CHAIN, QuantizedStore
 from pylomin.store.safetensors import SafetensorsStore
 from pylomin.store.tensor_bytes import byte_view
@@ -102,6 +102,7 @@ class QuantizingEncoder:
         self._scratch_directory = scratch_directory
         self._scratch: IO[bytes] | None = None
         self._sources = PiecesInTurn()
+        self._buffers = Buffers()
         self._rejected: dict[str, list[str]] = {}  # reasons, one for each scheme that did not suit
         self._written: dict[str, _Written] = {}
         if lossless:
@@ -136,9 +137,8 @@ class QuantizingEncoder:
                 self._note(weight, Packed(packing, reason=reason), weight)
             return [weight]
         entry = Packed(packing, has_reference, max_error=UNKNOWN, rms_error=UNKNOWN, reason=reason)
-        rows = _EncodedRows(
-            self._sources.add(weight), packing, self._reference_rows if has_reference else None, self._finish
-        )
+        reference_rows = self._reference_rows if has_reference else None
+        rows = _EncodedRows(self._sources.add(weight), packing, reference_rows, self._finish, self._buffers)
         first, *others = packing.parts
         stored_parts = [WeightToWrite(weight.name, first.dtype, first.shape, rows.codes)]
         stored_parts += [WeightToWrite(weight.name + p.suffix, p.dtype, p.shape, rows.scales) for p in others]
@@ -273,20 +273,20 @@ class _EncodedRows:
     packing: Packing
     reference_rows: Callable[[str, int, torch.Tensor], torch.Tensor] | None
     finish: Callable[[str, ErrorSum, str], None]
+    buffers: Buffers
     _scales: list[torch.Tensor] = field(default_factory=list)
 
     def codes(self) -> Iterator[torch.Tensor]:
         packing, errors, workspace, problem = self.packing, ErrorSum(), Workspace(), ""
         rows_left, columns = packing.matrix_shape
         chunk_numel = ENCODED_BYTES // packing.dtype.itemsize
-        dtype, code_columns = packing.part_rows()[0]
-        most_rows = max(1, chunk_numel // columns, HANDED_BYTES // (code_columns * dtype.itemsize)) if columns else 0
-        parts, filled, done_bytes = packing.empty_rows(min(rows_left, most_rows)), 0, 0
+        most_rows = max(1, chunk_numel // max(1, columns), HANDED_BYTES * rows_left // max(1, packing.parts[0].nbytes))
+        parts, filled, done_bytes = self._empty(min(rows_left, most_rows)), 0, 0
         for run in runs_of(self.weight.pieces(), max(1, columns), chunk_numel):
             rows = run.view(-1, columns)
             if filled + len(rows) > len(parts[0]):
                 yield self._filled(parts, filled)
-                parts, filled = packing.empty_rows(min(rows_left, most_rows)), 0
+                parts, filled = self._empty(min(rows_left, most_rows)), 0
             reference = self.reference_rows(self.weight.name, done_bytes, rows) if self.reference_rows else None
             out = tuple(part[filled : filled + len(rows)] for part in parts)
             filled, rows_left, done_bytes = filled + len(rows), rows_left - len(rows), done_bytes + rows.nbytes
@@ -298,7 +298,17 @@ class _EncodedRows:
             yield self._filled(parts, filled)
         self.finish(self.weight.name, errors, problem)
 
-    def _filled(self, parts: tuple[torch.Tensor, ...], rows: int) -> torch.Tensor:
+    def _empty(self, rows: int) -> list[torch.Tensor]:
+        """Memory for the parts of so many rows: that of codes is used again, unless they are all of the weight's."""
+        (dtype, columns), *others = self.packing.part_rows()
+        nbytes = rows * columns * dtype.itemsize
+        if nbytes < self.packing.parts[0].nbytes:
+            codes = self.buffers.next(nbytes)[:nbytes].view(dtype).view(rows, columns)
+        else:
+            codes = torch.empty(rows, columns, dtype=dtype)
+        return [codes, *(torch.empty(rows, columns, dtype=dtype) for dtype, columns in others)]
+
+    def _filled(self, parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
         """The codes; the scales are kept until the codes are all written."""
         self._scales += [part[:rows].reshape(-1) for part in parts[1:]]
         return parts[0][:rows].reshape(-1)
