@@ -89,13 +89,15 @@ def made_ahead(
             that wait for each other while those run took twice as long.
         beside: whether an item is small enough for others to be made while it is in memory.
     """
+    # Asked before another thread sets its own: a thread that never asked begins with what was set last in any.
+    threads = torch.get_num_threads() if one_core else 0
     maker = _Maker(items, one_core, beside)
     thread = threading.Thread(target=maker.make, name="pylomin-made-ahead", daemon=True)
     thread.start()
     try:
         if one_core:
             maker.made.get()  # the thread has set its number of threads
-            torch.set_num_threads(torch.get_num_threads())  # what later threads begin with is as it was
+            torch.set_num_threads(threads)  # so that threads that begin later are as they would have been
         while (item := maker.made.get()) is not None:
             if isinstance(item, _Failure):
                 raise item.error

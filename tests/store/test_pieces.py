@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +117,16 @@ def test_made_ahead_keeps_the_number_of_threads() -> None:
     assert torch.get_num_threads() == before
     others = list(made_ahead(torch.get_num_threads() for _ in range(1)))
     assert others == [before]
+
+
+def test_what_is_computed_after_the_first_save_uses_all_cores() -> None:
+    ask = "import torch, pylomin.store.pieces as p; {} print(torch.get_num_threads())"
+    save = "list(p.made_ahead(iter([1]), one_core=True));"
+    before, after = (
+        subprocess.run([sys.executable, "-c", ask.format(first)], capture_output=True, text=True, check=True).stdout
+        for first in ("", save)
+    )
+    assert after == before
 
 
 def test_made_ahead_passes_errors_on() -> None:
