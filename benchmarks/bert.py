@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 import pylomin
 from benchmarks.checkpoints import accelerate_folder, random_checkpoint
 from benchmarks.common import Spread, WorkerRun, paired_ratios, read_rate
+from benchmarks.disk import drop_caches
 from benchmarks.passes import Report
 from benchmarks.plots import plot_memory_over_time
 from benchmarks.rows import memory_line, summarise
@@ -119,7 +120,9 @@ def measure(options: Options, config: BertConfig, directory: Path) -> None:
     weights = random_checkpoint(
         lambda: BertModel(config), f"BertModel {config.to_json_string(use_diff=True)}", checkpoint(directory)
     )
-    read_rate(*accelerate_folder(weights, directory / "accelerate").iterdir())
+    folder = accelerate_folder(weights, directory / "accelerate")
+    drop_caches([weights])  # how large the pages of a cached file are depends on how they came there
+    read_rate(*folder.iterdir())
     read_rate(weights)
     bandwidth = read_rate(weights)
     conditions = Conditions()

@@ -26,6 +26,7 @@ from transformers import BertConfig, BertModel
 import pylomin
 from benchmarks.checkpoints import random_checkpoint
 from benchmarks.common import Spread, paired_ratios, read_rate
+from benchmarks.disk import drop_caches
 from benchmarks.suite import finish, parse, save
 from examples.bert import SIZES, checkpoint, lazy, resident
 from pylomin.io import syscalls
@@ -150,6 +151,7 @@ def main() -> None:
     weights = random_checkpoint(
         lambda: BertModel(config), f"BertModel {config.to_json_string(use_diff=True)}", checkpoint(directory)
     )
+    drop_caches([weights])  # how large the pages of a cached file are depends on how they came there
     read_rate(weights)
     tokens = torch.randint(config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(1))
     ms: dict[str, list[float]] = defaultdict(list)
