@@ -21,7 +21,7 @@ from pylomin.residency.device import is_streamed_to
 from pylomin.residency.device_memory import Arrival, DeviceBytes
 from pylomin.residency.readers import Readers
 from pylomin.residency.unpacking import Unpacking
-from pylomin.residency.weight import Layout, Source, Weight, steps_of
+from pylomin.residency.weight import Layout, Source, Weight, outside_inference_mode, steps_of
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import StoredWeight, read_placed
 
@@ -363,8 +363,7 @@ class Room:
                 placed[i] = (buffer, offset)
         if self._packed is not None:
             self._read_packed(self._packed, placed)
-        # Tensors that are born in inference mode cannot be saved for backward later.
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference_mode():
             for shipment, shipped in zip(places.shipments, self._shipped, strict=True):
                 target = shipped.begin()
                 shipment.carrier.ship(
@@ -437,7 +436,9 @@ def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
     if isinstance(buffer, DeviceBytes):
         return _shaped(buffer.tensor(offset, layout.nbytes), layout)
     flat = torch.frombuffer(buffer, dtype=layout.dtype, count=layout.numel, offset=offset)
-    return flat if piece.runs is not None else flat.as_strided(layout.shape, layout.stride)
+    if piece.runs is not None or layout.shape == flat.shape:
+        return flat
+    return flat.as_strided(layout.shape, layout.stride)
 
 
 def _shaped(values: torch.Tensor, layout: Layout) -> torch.Tensor:

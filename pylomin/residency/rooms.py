@@ -13,7 +13,7 @@ from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
 from pylomin.residency.device_errors import SPARE_SHARE, device_is_full
 from pylomin.residency.waiting import Waiter
-from pylomin.residency.weight import ResidentParameter, State, Weight
+from pylomin.residency.weight import ResidentParameter, State, Weight, outside_inference_mode
 
 GRACE = 2  # looks in vain before giving up: another thread may be just about to drop its last reference
 
@@ -151,9 +151,9 @@ class Rooms(Contents):
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None
-        with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        with torch._C._DisableFuncTorch(), outside_inference_mode():
             for weight, tensor in zip(weights, tensors, strict=True):
-                weight.tensor = ResidentParameter(tensor, requires_grad=False)
+                weight.tensor = ResidentParameter.of(tensor)
                 weight.loaded_version = weight.tensor._version
                 weight.loaded = loaded
                 weight.state = State.RESIDENT
