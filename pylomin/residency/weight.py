@@ -150,8 +150,8 @@ def _nowhere(name: str) -> None:
     """Of a store that does not say how it keeps its weights."""
 
 
-# Tensors that are born in inference mode cannot be saved for backward later. This is what torch.inference_mode(False) is
-# made of; around it Python takes 20 µs where the processor's caches are cold, as they are between two layers.
+# Tensors that are born in inference mode cannot be saved for backward later. This is what torch.inference_mode(False)
+# consists of; its Python takes 20 µs more where the processor's caches are cold, as they are between two layers.
 outside_inference_mode: Callable[[], AbstractContextManager[None]] = partial(torch._C._InferenceMode, False)
 
 
