@@ -19,6 +19,7 @@ from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 
 import pylomin
+from pylomin.quantize.codec import decode, encode
 from pylomin.residency.plan import PlannedGroup, weight_identity
 from pylomin.store import pieces
 from pylomin.store.dtypes import STORED_DTYPES
@@ -181,6 +182,26 @@ class TestSaveStore:
         with pytest.raises(pylomin.StoreReadError):
             pylomin.save_store(store, tmp_path / "new" / "target", max_shard_size=100)
         assert os.listdir(tmp_path) == ["source"]
+
+
+def test_weights_that_are_encoded_and_others_do_not_share_memory_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread reads ahead what is encoded, while another reads what is written as it is; nothing is cached."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 8 << 10)
+    monkeypatch.setattr(pieces, "CACHED", 2.0)
+    names = [f"{number}.{kind}" for number in range(6) for kind in ("encoded", "plain")]
+    tensors = {name: torch.randn(64, 256) for name in names}
+    save_file(tensors, tmp_path / "source.safetensors")
+    assert pieces._cold(open_store(tmp_path / "source.safetensors"), names[0]) is not None
+    saved = pylomin.save_store(
+        tmp_path / "source.safetensors", tmp_path / "saved", quantize="int8", quantize_filter="encoded"
+    )
+    expected = {
+        name: decode((found := encode(tensor, "int8")).packing, found.parts) if "encoded" in name else tensor
+        for name, tensor in tensors.items()
+    }
+    assert_same(values(saved), expected)
 
 
 class TestTarget:

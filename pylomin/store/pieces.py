@@ -23,8 +23,11 @@ PIECE_BYTES = 16 << 20  # 16 MiB: where all processors compute, reads of 4 MiB t
 AHEAD = 2  # pieces to make while one is used: with one, readers, encoders and writers often waited for each other
 
 
-class Buffers:
-    """Memory for pieces, in turn: each stays as it is until ``AHEAD`` more were made, and another is asked for."""
+class Buffers(threading.local):
+    """Memory for pieces, in turn: each stays as it is until ``AHEAD`` more were made, and another is asked for.
+
+    Of each thread its own: while one reads what is encoded, another may read what is not.
+    """
 
     def __init__(self) -> None:
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * (1 + AHEAD)
