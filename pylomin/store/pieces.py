@@ -96,8 +96,8 @@ def made_ahead(
     threads = torch.get_num_threads() if one_core else 0
     maker = _Maker(items, one_core, beside)
     thread = threading.Thread(target=maker.make, name="pylomin-made-ahead", daemon=True)
-    thread.start()
     try:
+        thread.start()
         if one_core:
             maker.made.get()  # the thread has set its number of threads
             torch.set_num_threads(threads)  # so that threads that begin later are as they would have been
@@ -113,7 +113,8 @@ def made_ahead(
     finally:
         maker.may_make.put(False)
         maker.may_go_on.put(False)
-        thread.join()
+        if thread.ident is not None:  # an interrupt may have come before it was started
+            thread.join()
 
 
 @dataclass(frozen=True)

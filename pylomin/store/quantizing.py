@@ -15,15 +15,7 @@ from pylomin.quantize.choose import Choose
 from pylomin.quantize.codec import candidates, exceeds, is_smaller
 from pylomin.quantize.error_sum import ErrorSum
 from pylomin.quantize.lossless import BLOCK_BYTES, check_available, compress
-from pylomin.quantize.packing import (
-    FULL,
-    GROUP_SIZE,
-    NON_FINITE,
-    SCHEMES,
-    NotEncodable,
-    Packing,
-    Workspace,
-)
+from pylomin.quantize.packing import FULL, GROUP_SIZE, NON_FINITE, SCHEMES, NotEncodable, Packing, Workspace
 from pylomin.store.base import ReadRequest, WeightInfo
 from pylomin.store.in_turn import PiecesInTurn
 from pylomin.store.packed_format import (
