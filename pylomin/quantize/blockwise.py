@@ -17,29 +17,23 @@ _SMALLEST_NORMAL = torch.finfo(torch.bfloat16).smallest_normal
 
 
 def quantize(
-    values: torch.Tensor,
-    group_size: int,
-    bits: int,
-    *,
-    restored: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    values: torch.Tensor, group_size: int, bits: int, codes: torch.Tensor, restored: torch.Tensor
+) -> torch.Tensor:
     """Codes and scales of a matrix of shape ``(rows, columns)``, neither of them 0.
 
     Args:
         values: float32 or float64.
         group_size: columns that share a scale; the last group of a row may be shorter.
         bits: 8 or 4.
+        codes: receives them; int8 of shape ``(rows, columns)`` or uint8 of shape ``(rows, ceil(columns / 2))``.
         restored: receives what :func:`dequantize` makes of the result; of the shape and dtype of ``values``.
-        out: receives the codes.
 
     Returns:
-        Codes, int8 of shape ``(rows, columns)`` or uint8 of shape ``(rows, ceil(columns / 2))``; and scales, bfloat16
-        of shape ``(rows, ceil(columns / group_size))``, which are not finite where a value of the group is not, or is
-        out of range.
+        Scales, bfloat16 of shape ``(rows, ceil(columns / group_size))``, which are not finite where a value of the
+        group is not, or is out of range.
     """
-    steps = torch.empty_like(values) if restored is None else restored  # every intermediate result lies there
-    blocks = list(zip(_blocks(values, group_size), _blocks(steps, group_size), strict=True))
+    # Every intermediate result lies in `restored`.
+    blocks = list(zip(_blocks(values, group_size), _blocks(restored, group_size), strict=True))
     largest = [torch.abs(block, out=step).amax(-1) for block, step in blocks]
     exact_scales = (largest[0] if len(largest) == 1 else torch.cat(largest, 1)).div_(LIMITS[bits])
     if exact_scales.amin() >= _SMALLEST_NORMAL:  # nearly always
@@ -52,16 +46,11 @@ def quantize(
     divisors_of_blocks = _scale_blocks(divisors, values.shape[1], group_size)
     for (block, step), divisor in zip(blocks, divisors_of_blocks, strict=True):
         torch.div(block, divisor, out=step)
-    steps.round_()
-    if bits == 4:
-        packed = _pack(steps.to(torch.int8))
-        codes = packed if out is None else out.copy_(packed)
-    else:
-        codes = steps.to(torch.int8) if out is None else out.copy_(steps)
-    if restored is not None:
-        for (_, step), divisor in zip(blocks, divisors_of_blocks, strict=True):
-            step.mul_(divisor)
-    return codes, scales
+    restored.round_()
+    codes.copy_(restored if bits == 8 else _pack(restored.to(torch.int8)))
+    for (_, step), divisor in zip(blocks, divisors_of_blocks, strict=True):
+        step.mul_(divisor)
+    return scales
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, group_size: int, bits: int, out: torch.Tensor) -> None:

@@ -147,9 +147,6 @@ class Packing:
         Raises:
             NotEncodable: the scheme cannot hold these values.
         """
-        if self.scheme == FULL:
-            out[0].copy_(values)
-            return
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         exact = values.to(wide)
         target = exact if reference is None else exact - reference.to(wide)
@@ -157,7 +154,7 @@ class Packing:
         if self.has_scales:
             codes, scales = out
             bits = _BITS[self.scheme]
-            scales.copy_(quantize(target, self._columns_per_scale, bits, restored=restored, out=codes)[1])
+            scales.copy_(quantize(target, self._columns_per_scale, bits, codes, restored))
             largest = float(scales.amax()) * LIMITS[bits]
         else:
             restored.copy_(out[0].copy_(target))

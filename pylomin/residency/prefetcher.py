@@ -117,7 +117,7 @@ class Prefetcher:
     def _wanted(self, residency: RunReads) -> dict[Key, tuple[list[Weight], int]]:
         """What to read ahead of each group, and the bytes to leave free for tiles that are used until then."""
         retention = residency.retention
-        now = residency.weights_of(retention.now())
+        now = residency.weights_of(retention.now()) if residency.tiles_bytes else ()
         tiles_bytes = residency.tiles_bytes if any(weight.tiled for weight in now) else 0
         # A device copies in the order of requests: what is not requested ahead comes after all that is.
         least_bytes = 1 if residency.carriers else SMALL_GROUP_BYTES

@@ -325,6 +325,6 @@ class Weight:
         assert self.tensor is not None
         if self.twin is None:
             # Outside of torch.func transforms, which would wrap it and end before it does.
-            with torch._C._DisableFuncTorch(), torch.inference_mode(False):
+            with torch._C._DisableFuncTorch(), outside_inference_mode():
                 self.twin = ResidentParameter(self.tensor.detach(), requires_grad=True)
         return self.twin

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from pylomin.store.pieces import PIECE_BYTES, made_ahead
+from pylomin.store.pieces import is_small, made_ahead
 from pylomin.store.writer import WeightToWrite
 
 
@@ -53,8 +53,4 @@ class PiecesInTurn:
     def _begin(self, number: int) -> None:
         del self._pieces  # its thread ends
         weights = self._weights[number:]
-        self._pieces = made_ahead((piece for weight in weights for piece in weight.pieces()), beside=_is_small)
-
-
-def _is_small(piece: torch.Tensor) -> bool:
-    return piece.nbytes <= PIECE_BYTES
+        self._pieces = made_ahead((piece for weight in weights for piece in weight.pieces()), beside=is_small)

@@ -82,6 +82,11 @@ def slices_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield flat[start : start + step]
 
 
+def is_small(piece: torch.Tensor) -> bool:
+    """Whether others may be made while it is in memory."""
+    return piece.nbytes <= PIECE_BYTES
+
+
 def made_ahead(
     items: Iterator[T], *, one_core: bool = False, beside: Callable[[T], bool] = lambda item: True
 ) -> Iterator[T]:

@@ -17,7 +17,7 @@ from pylomin.store.digests import DIGESTS_KEY, EMPTY_DIGEST, format_digests, lay
 from pylomin.store.disk import DiskWriter, GrowingFile, check_room
 from pylomin.store.dtypes import nbytes_of
 from pylomin.store.header import PREFIX_BYTES, build_header
-from pylomin.store.pieces import PIECE_BYTES, made_ahead
+from pylomin.store.pieces import is_small, made_ahead
 from pylomin.store.staging import Staging
 from pylomin.store.tensor_bytes import byte_view, contiguous_cpu
 
@@ -295,7 +295,7 @@ def _write(
 def _write_weights(file: FileToWrite, output: GrowingFile, hashing: Executor) -> None:
     output.append(memoryview(file.header))
     digest = new_digest()
-    for batch in made_ahead(_batches(file.weights), one_core=True, beside=_is_small):
+    for batch in made_ahead(_batches(file.weights), one_core=True, beside=_all_small):
         for weight, piece in batch:
             if piece is None:
                 if file.digests is not None:
@@ -322,8 +322,8 @@ def _write_weights(file: FileToWrite, output: GrowingFile, hashing: Executor) ->
 _Batch = list[tuple[WeightToWrite, torch.Tensor | None]]
 
 
-def _is_small(batch: _Batch) -> bool:
-    return all(piece is None or piece.nbytes <= PIECE_BYTES for _, piece in batch)
+def _all_small(batch: _Batch) -> bool:
+    return all(piece is None or is_small(piece) for _, piece in batch)
 
 
 def _batches(weights: Sequence[WeightToWrite]) -> Iterator[_Batch]:
