@@ -77,7 +77,13 @@ class _Ticket(weakref.ref[Any]):
     block: _Block | None  # None for memory that the pool only counts
     capacity_bytes: int
     nbytes: int
-    counted: bool  # in the ledger; an interrupt may come between taking and counting
+    counted: bool  # in the ledger; not of idle pages, and an interrupt may come between taking and counting
+
+
+class Pages(mmap.mmap):
+    """Pages for a mapping of a file, from :meth:`BufferPool.try_take_pages`."""
+
+    ticket: _Ticket
 
 
 class BufferPool:
@@ -132,7 +138,7 @@ class BufferPool:
             self._count(buffer, block, block.capacity_bytes, nbytes)
             return buffer
 
-    def try_take_pages(self, nbytes: int, used_bytes: int | None = None) -> mmap.mmap | None:
+    def try_take_pages(self, nbytes: int, used_bytes: int | None = None) -> Pages | None:
         """Fresh pages for a mapping of a file, or None where the limit leaves no room.
 
         They cost nothing until they are used, and are unmapped as soon as the last view dies. Large ones begin, where
@@ -149,8 +155,22 @@ class BufferPool:
             if not self._make_room(counted_bytes):
                 return None
             pages = _address_space(capacity)
-            self._count(pages, None, counted_bytes, used_bytes)
+            pages.ticket = self._count(pages, None, counted_bytes, used_bytes)
             return pages
+
+    def set_idle(self, pages: Pages) -> None:
+        """Pages that take no memory now do not count, until :meth:`try_use_again`."""
+        with self._lock:
+            self._discount(pages.ticket)
+
+    def try_use_again(self, pages: Pages) -> bool:
+        """Count pages that were idle; False where the limit leaves no room."""
+        with self._lock:
+            self._collect()
+            if not self._make_room(pages.ticket.capacity_bytes):
+                return False
+            self._count_in(pages.ticket)
+            return True
 
     def try_adopt(self, nbytes: int) -> Callable[[torch.Tensor], None] | None:
         """Room for a tensor that is allocated elsewhere (another device, another dtype), or None.
@@ -169,7 +189,7 @@ class BufferPool:
         """Bytes of what is out, without what blocks are larger than asked for."""
         with self._lock:
             self._collect()
-            return sum(ticket.nbytes for ticket in self._out.values())
+            return sum(ticket.nbytes for ticket in self._out.values() if ticket.counted)
 
     def in_use_bytes(self) -> int:
         """``live_bytes`` after taking back what has died meanwhile."""
@@ -215,23 +235,30 @@ class BufferPool:
             free_bytes += sum([window.free_bytes for window in self._closed])
         return free_bytes if self._window is None else free_bytes + self._window.free_bytes
 
-    def _count(self, owner: object, block: _Block | None, capacity_bytes: int, nbytes: int) -> None:
+    def _count(self, owner: object, block: _Block | None, capacity_bytes: int, nbytes: int) -> _Ticket:
         ticket = _Ticket(owner, self._returned.append)
         ticket.block, ticket.capacity_bytes, ticket.nbytes, ticket.counted = block, capacity_bytes, nbytes, False
         self._out[id(ticket)] = ticket
-        self.live_bytes, ticket.counted = self.live_bytes + capacity_bytes, True
+        self._count_in(ticket)
+        return ticket
+
+    def _count_in(self, ticket: _Ticket) -> None:
+        self.live_bytes, ticket.counted = self.live_bytes + ticket.capacity_bytes, True
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         self._recent_peak_bytes = max(self.live_bytes, self._recent_peak_bytes - self._recent_peak_bytes // 64)
         if self.limit_bytes is not None:
             assert self.live_bytes + self.free_bytes <= self.limit_bytes, "ledger exceeds the budget"
-        _notify(nbytes)
+        _notify(ticket.nbytes)
+
+    def _discount(self, ticket: _Ticket) -> None:
+        if ticket.counted:  # no call between these two lines and no more than one statement, for interrupts
+            self.live_bytes, ticket.counted = self.live_bytes - ticket.capacity_bytes, False
+            _notify(-ticket.nbytes)
 
     def _collect(self) -> None:
         while self._returned:
             ticket = self._returned[0]
-            if ticket.counted:  # no call between these two lines and no more than one statement, for interrupts
-                self.live_bytes, ticket.counted = self.live_bytes - ticket.capacity_bytes, False
-                _notify(-ticket.nbytes)
+            self._discount(ticket)
             block, ticket.block = ticket.block, None
             if block is not None:
                 self._take_back(block)
@@ -330,13 +357,13 @@ class BufferPool:
             del self._free[0]
 
 
-def _address_space(nbytes: int) -> mmap.mmap:
+def _address_space(nbytes: int) -> Pages:
     """Pages that nothing was written to, private to this process: Python's default would share them with a child.
 
     Large ones begin on a multiple of ``HUGE_PAGE_BYTES``, as Linux has it where the size is a multiple of that (since
     6.7). What is beyond ``nbytes`` is never touched.
     """
-    return mmap.mmap(-1, aligned(nbytes, HUGE_PAGE_BYTES) if nbytes >= HUGE_PAGE_BYTES else nbytes, flags=PRIVATE)
+    return Pages(-1, aligned(nbytes, HUGE_PAGE_BYTES) if nbytes >= HUGE_PAGE_BYTES else nbytes, flags=PRIVATE)
 
 
 def anonymous_memory(nbytes: int) -> mmap.mmap:

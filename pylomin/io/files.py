@@ -128,7 +128,16 @@ class WeightFile:
             # A traceback keeps this frame; it must not keep the file open too.
             del descriptor
 
-    def map(self, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int = 0) -> bool:
+    def map(
+        self,
+        offset_bytes: int,
+        nbytes: int,
+        pages: mmap.mmap,
+        at_bytes: int = 0,
+        *,
+        whole_huge: bool = False,
+        again: bool = False,
+    ) -> bool:
         """Let ``pages`` show ``nbytes`` (> 0) of the file instead of copying them there, and fault them in.
 
         Byte ``offset_bytes`` appears at ``at_bytes + offset_bytes % PAGE_BYTES``; ``at_bytes`` is a multiple of a
@@ -137,6 +146,8 @@ class WeightFile:
 
         Args:
             pages: from :meth:`~pylomin.io.buffers.BufferPool.try_take_pages`; what they show goes when they go.
+            whole_huge: see :func:`~pylomin.io.mapping.show_pages`.
+            again: they show the range already, and were dropped since.
 
         Returns:
             False where that cannot be; then the pages are as before, and the file can be read into them.
@@ -149,7 +160,8 @@ class WeightFile:
         descriptor = self._opened()
         try:
             try:
-                show_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes)
+                if not again:
+                    show_pages(descriptor.fd, offset_bytes, nbytes, pages, at_bytes, whole_huge=whole_huge)
             except OSError as error:
                 if error.errno != errno.ENOMEM:  # there may be memory next time
                     self._map_refusal = f"the file system refuses to map it: {error.strerror} (errno {error.errno})"

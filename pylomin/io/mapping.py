@@ -19,23 +19,37 @@ def mapped_bytes(offset_bytes: int, nbytes: int) -> int:
     return aligned(offset_bytes % PAGE_BYTES + nbytes, PAGE_BYTES)
 
 
-def show_pages(fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
-    """Let ``pages`` show the file pages that hold a range, at ``at_bytes``. OSError, and then they are as before."""
-    address, length = _place(offset_bytes, nbytes, pages, at_bytes)
+def show_pages(
+    fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int, *, whole_huge: bool = False
+) -> None:
+    """Let ``pages`` show the file pages that hold a range, at ``at_bytes``. OSError, and then they are as before.
+
+    Args:
+        whole_huge: show all of the huge pages that hold the range. There must be room for them around ``at_bytes``,
+            which is as far from the beginning of a huge page as the range is in the file.
+    """
+    first, length = _shown(offset_bytes, nbytes, at_bytes, whole_huge=whole_huge)
+    address = _address(pages, first, length)
     try:
-        syscalls.map_file(address, length, fd, offset_bytes - offset_bytes % PAGE_BYTES)
+        syscalls.map_file(address, length, fd, offset_bytes - offset_bytes % PAGE_BYTES - (at_bytes - first))
     except OSError:
         # Some kernels unmap first and then fail; others' memory must not come where ``pages`` will be unmapped.
         syscalls.fill_hole(address, length)
         raise
+    if length >= HUGE_PAGE_BYTES:
+        syscalls.prefer_huge_pages(address, length)
+
+
+def drop_shown(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int, *, whole_huge: bool = False) -> None:
+    """Give back the memory of what :func:`show_pages` mapped. Used again, it is what the file holds."""
+    first, length = _shown(offset_bytes, nbytes, at_bytes, whole_huge=whole_huge)
+    syscalls.drop(_address(pages, first, length), length)
 
 
 def fault_in(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> None:
     """Fault in what :func:`show_pages` mapped, ahead of use. OSError where a use would be a bus error."""
-    address, length = _place(offset_bytes, nbytes, pages, at_bytes)
-    if length >= HUGE_PAGE_BYTES:
-        syscalls.prefer_huge_pages(address, length)
-    syscalls.populate(address, length)
+    length = mapped_bytes(offset_bytes, nbytes)
+    syscalls.populate(_address(pages, at_bytes, length), length)
 
 
 def copy_ranges(ranges: Sequence[tuple[int, int]], first: int, pages: mmap.mmap, buffer: memoryview) -> None:
@@ -56,9 +70,16 @@ def copy_ranges(ranges: Sequence[tuple[int, int]], first: int, pages: mmap.mmap,
         destination += nbytes
 
 
-def _place(offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int) -> tuple[int, int]:
-    """Address and length of the pages for a range of a file."""
+def _shown(offset_bytes: int, nbytes: int, at_bytes: int, *, whole_huge: bool) -> tuple[int, int]:
+    """Where in its pages a range of a file is shown, and how many bytes."""
     length = mapped_bytes(offset_bytes, nbytes)
+    if not whole_huge:
+        return at_bytes, length
+    before = (offset_bytes - offset_bytes % PAGE_BYTES) % HUGE_PAGE_BYTES
+    return at_bytes - before, aligned(before + length, HUGE_PAGE_BYTES)
+
+
+def _address(pages: mmap.mmap, at_bytes: int, length: int) -> int:
     if at_bytes % PAGE_BYTES or at_bytes < 0 or at_bytes + length > len(pages):
         raise ValueError(f"{length} bytes do not fit at {at_bytes} of {len(pages)} bytes of pages")
-    return ctypes.addressof(ctypes.c_char.from_buffer(pages, at_bytes)), length
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages, at_bytes))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pylomin.io.buffers import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, BufferPool, aligned, block_bytes
+from pylomin.io.buffers import ALIGNMENT_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, BufferPool, Pages, aligned, block_bytes
 from pylomin.io.direct import direct_bytes
 from pylomin.io.files import Extent, WeightFile
-from pylomin.io.mapping import mapped_bytes
+from pylomin.io.mapping import drop_shown, mapped_bytes
 from pylomin.io.modes import Mode
 from pylomin.io.runs import Run, coalesce
 
@@ -23,6 +23,7 @@ class PlacedRun:
     mode: Mode
     at_bytes: int  # where its part of the buffer starts
     offsets: tuple[int, ...]  # where in the buffer each extent of the run starts
+    whole_huge: bool = False  # it is mapped with all of the huge pages that hold it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +45,33 @@ class Placement:
             return pool.try_take_pages(self.buffer_bytes, self.memory_bytes)
         return pool.try_take(self.buffer_bytes, from_window=from_window)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether nothing is copied, as long as the system does not refuse to map it."""
+        return all(placed.mode == "mapped" for placed in self.runs)
+
+    def drop(self, pages: Pages) -> None:
+        """Give the memory of a buffer back whose pages show the file: used again, they would be read again."""
+        for placed in self.runs:
+            run = placed.run
+            drop_shown(run.start, run.nbytes, pages, placed.at_bytes, whole_huge=placed.whole_huge)
+
 
 def can_map(extents: Sequence[Extent]) -> bool:
     """Are all extents aligned in the file as tensors must be in memory?"""
     return all(extent.start % ALIGNMENT_BYTES == 0 for extent in extents)
 
 
-def place(extents: Sequence[Extent], mode: Mode) -> Placement:
+def place(extents: Sequence[Extent], mode: Mode, *, whole_huge: bool = False) -> Placement:
     """Lay extents of one file, in any order and also overlapping, out in one buffer.
 
     In mapped mode, runs that cannot be used where they lie, or that the system refuses to map, are read into pages
     of the same buffer.
+
+    Args:
+        whole_huge: map large runs with all of the huge pages (2 MiB) that hold them. Then also the first and the last
+            are mapped at once, and not in pages of 4 KiB, which takes five times as long for a weight of 4 MiB; but
+            what lies around it may count as memory of the process, too.
     """
     wanted = [i for i, extent in enumerate(extents) if extent.nbytes]
     offsets = [0] * len(extents)
@@ -63,9 +80,13 @@ def place(extents: Sequence[Extent], mode: Mode) -> Placement:
     for run in coalesce([extents[i] for i in wanted], gaps_take_memory=mode != "buffered"):
         run = Run(run.extents, tuple(wanted[i] for i in run.members))
         if mode == "mapped" and can_map(run.extents):
-            begin = _congruent(run, aligned(end, PAGE_BYTES))
+            around = whole_huge and run.nbytes >= HUGE_PAGE_BYTES
+            first = aligned(end, HUGE_PAGE_BYTES if around else PAGE_BYTES)
+            begin = _congruent(run, first)
+            placed, last = _mapped(run, begin, whole_huge=around)
             unused_bytes += begin - aligned(end, PAGE_BYTES)
-            placed, end = _mapped(run, begin)
+            end = aligned(last, HUGE_PAGE_BYTES) if around else last
+            unused_bytes += end - last
         elif mode == "direct":
             placed, end = _direct(run, aligned(end, PAGE_BYTES))
         else:
@@ -78,26 +99,35 @@ def place(extents: Sequence[Extent], mode: Mode) -> Placement:
     return Placement(mode, tuple(runs), end, tuple(offsets), memory_bytes)
 
 
-def read_run(file: WeightFile, placed: PlacedRun, buffer: Any, *, drop_cache: bool = False) -> None:
+def read_run(
+    file: WeightFile, placed: PlacedRun, buffer: Any, *, drop_cache: bool = False, again: bool = False
+) -> bool:
     """Bring the bytes of one run into its part of the buffer. The GIL is released while they come.
 
     Args:
         buffer: from :meth:`Placement.try_take`.
         drop_cache: leave nothing of a buffered read in the page cache.
+        again: they were mapped there already, and dropped since.
+
+    Returns:
+        Whether they are mapped.
 
     Raises:
         StoreReadError, StoreChangedError: as :meth:`WeightFile.read`.
     """
     run = placed.run
-    if placed.mode == "mapped" and file.map(run.start, run.nbytes, buffer, placed.at_bytes):
-        return
+    if placed.mode == "mapped" and file.map(
+        run.start, run.nbytes, buffer, placed.at_bytes, whole_huge=placed.whole_huge, again=again
+    ):
+        return True
     view = memoryview(buffer).cast("B")
     if placed.mode == "direct":
         file.read_direct(run.start, run.nbytes, view[placed.at_bytes :])
         _align(placed, ctypes.addressof(ctypes.c_char.from_buffer(view)))
-        return
+        return False
     destinations = [view[at : at + extent.nbytes] for at, extent in zip(placed.offsets, run.extents, strict=True)]
     file.read(run.start, run.scatter(destinations), drop_cache=drop_cache)
+    return False
 
 
 def _congruent(run: Run, at_bytes: int) -> int:
@@ -111,10 +141,11 @@ def _congruent(run: Run, at_bytes: int) -> int:
     return at_bytes + (start - at_bytes) % HUGE_PAGE_BYTES
 
 
-def _mapped(run: Run, at_bytes: int) -> tuple[PlacedRun, int]:
+def _mapped(run: Run, at_bytes: int, *, whole_huge: bool) -> tuple[PlacedRun, int]:
     before = run.start % PAGE_BYTES
     offsets = tuple(at_bytes + before + extent.start - run.start for extent in run.extents)
-    return PlacedRun(run, "mapped", at_bytes, offsets), at_bytes + mapped_bytes(run.start, run.nbytes)
+    placed = PlacedRun(run, "mapped", at_bytes, offsets, whole_huge)
+    return placed, at_bytes + mapped_bytes(run.start, run.nbytes)
 
 
 def _packed(run: Run, at_bytes: int) -> tuple[PlacedRun, int]:

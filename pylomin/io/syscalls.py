@@ -9,6 +9,7 @@ import os
 import sys
 
 _LINUX = sys.platform == "linux"
+DROPS_PAGES = _LINUX  # elsewhere what was written to them may outlive `drop`
 _NUMBERS_ARE_KNOWN = _LINUX and os.uname().machine in ("x86_64", "aarch64")  # some others number flags and calls anew
 _libc = ctypes.CDLL(None, use_errno=True)  # releases the GIL
 
@@ -58,6 +59,11 @@ def populate(address: int, nbytes: int) -> None:
     if _LINUX and ctypes.get_errno() != errno.EINVAL:
         raise _last_error()
     _madvise(address, nbytes, _MADV_WILLNEED)
+
+
+def drop(address: int, nbytes: int) -> None:
+    """Give the memory of mapped pages back to the system; used again, they are what the file holds."""
+    _madvise(address, nbytes, mmap.MADV_DONTNEED)
 
 
 class _Range(ctypes.Structure):

@@ -70,10 +70,19 @@ class RemoteFile(WeightFile):
         else:
             self._read_past_cache(offset_bytes, buffers, drop_cache=drop_cache)
 
-    def map(self, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int = 0) -> bool:
+    def map(
+        self,
+        offset_bytes: int,
+        nbytes: int,
+        pages: mmap.mmap,
+        at_bytes: int = 0,
+        *,
+        whole_huge: bool = False,
+        again: bool = False,
+    ) -> bool:
         """As :meth:`WeightFile.map`; False also where the cache cannot take what is to be shown."""
         return self._provide([(offset_bytes, offset_bytes + nbytes)]) and super().map(
-            offset_bytes, nbytes, pages, at_bytes
+            offset_bytes, nbytes, pages, at_bytes, whole_huge=whole_huge, again=again
         )
 
     def copy_cached(self, extents: Sequence[Extent], buffer: memoryview) -> bool:

@@ -18,6 +18,7 @@ from pylomin.residency import loading
 from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES, Carrier, carrier_to
 from pylomin.residency.device import is_streamed_to
 from pylomin.residency.device_memory import Arrival
+from pylomin.residency.mapped_room import MappedRoom
 from pylomin.residency.prefetcher import Prefetcher
 from pylomin.residency.reading import Reading, choose_reading
 from pylomin.residency.recording import Recording
@@ -60,6 +61,7 @@ class Loaded:
     last_use: int = 0  # number of the use
     spoiled: bool = False  # written to, and the write could not be kept
     arrivals: tuple[Arrival, ...] = ()  # on devices
+    room: MappedRoom | None = None  # to be kept when it leaves
 
 
 class Contents:
@@ -175,14 +177,18 @@ class Contents:
         """Where runs of the elements of one weight come to lie; remembered of a tile, but not of what is looked up."""
         if len(runs) == 1 and (runs[0][1] - runs[0][0]) * weight.element_bytes >= SMALL_BYTES:
             return self._places_of([weight], runs[0])
-        return loading.Places([loading.Piece.of(weight, runs)], self.reading.mode)
+        return self._new_places([loading.Piece.of(weight, runs)])
+
+    def _new_places(self, pieces: Sequence[loading.Piece]) -> loading.Places:
+        # With a budget weights stay, and what lies around them in huge pages would count twice.
+        return loading.Places(pieces, self.reading.mode, whole_huge=self.memory_budget is None)
 
     def _places_of(self, weights: Sequence[Weight], run: tuple[int, int] | None) -> loading.Places:
         key = (tuple([weight.index for weight in weights]), run)
         places = self._places.get(key)
         if places is None or not places.of_weights(weights):
             runs = None if run is None else [run]
-            places = loading.Places([loading.Piece.of(weight, runs) for weight in weights], self.reading.mode)
+            places = self._new_places([loading.Piece.of(weight, runs) for weight in weights])
             if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
                 return places
             if len(self._places) > MOST_PLACES + 2 * len(self._weights):
@@ -326,7 +332,10 @@ class Contents:
         for weight in self._members(loaded):
             weight.state = State.OFFLOADED
             weight.tensor = weight.twin = weight.loaded = None
-        self.pool.collect()
+        room, loaded.room = loaded.room, None
+        if room is None or not room.try_set_idle(self.pool):
+            room = None
+            self.pool.collect()
 
     def _forget_replaced(self) -> None:
         """Weights that users replaced are gone, and what they took of the budget is free."""

@@ -6,16 +6,17 @@ import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pylomin.errors import StoreReadError, without_frames
-from pylomin.io.buffers import BufferPool, aligned, block_bytes
+from pylomin.io.buffers import BufferPool, Pages, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
+from pylomin.io.syscalls import DROPS_PAGES
 from pylomin.residency.carrier import Carrier, Shipment, carrier_to
 from pylomin.residency.device import is_streamed_to
 from pylomin.residency.device_memory import Arrival, DeviceBytes
@@ -24,6 +25,9 @@ from pylomin.residency.unpacking import Unpacking
 from pylomin.residency.weight import Layout, Source, Weight, outside_inference_mode, steps_of
 from pylomin.store.base import InMemoryStore, ReadRequest, WeightStore
 from pylomin.store.extents import StoredWeight, read_placed
+
+if TYPE_CHECKING:
+    from pylomin.residency.mapped_room import MappedRoom
 
 Attach = Callable[[torch.Tensor], None]
 
@@ -137,6 +141,8 @@ class Places:
         "converted",
         "decoded",
         "from_files",
+        "idle_room",
+        "is_mapped",
         "layouts",
         "mode",
         "packed",
@@ -144,23 +150,26 @@ class Places:
         "peak_bytes",
         "pieces",
         "read_bytes",
+        "read_layouts",
         "resident_bytes",
         "shipments",
         "to_read",
     )
 
-    def __init__(self, pieces: Sequence[Piece], mode: Mode) -> None:
+    def __init__(self, pieces: Sequence[Piece], mode: Mode, *, whole_huge: bool = False) -> None:
         self.mode = mode
+        self.idle_room: MappedRoom | None = None  # of an earlier load
         self.pieces = tuple(pieces)
         self.layouts = [piece.layouts() for piece in pieces]
         self.to_read = [read for piece in pieces for read in piece.to_read()]
+        self.read_layouts = [piece.layouts()[0] for piece in self.to_read]  # as they are stored
         self.read_bytes = 0
         self.packed: list[tuple[int, int]] = []  # (piece, offset) of those that a store reads itself
         self.packed_bytes = 0
         by_file: dict[WeightFile, list[tuple[int, Extent]]] = {}
         by_device: dict[torch.device, list[tuple[int, Piece]]] = {}
         for i, piece in enumerate(self.to_read):
-            nbytes = piece.layouts()[0].nbytes
+            nbytes = self.read_layouts[i].nbytes
             self.read_bytes += nbytes
             if nbytes and (device := piece.device) is not None:
                 by_device.setdefault(device, []).append((i, piece))
@@ -172,7 +181,7 @@ class Places:
             else:
                 self.packed.append((i, self.packed_bytes))
                 self.packed_bytes += aligned(nbytes)
-        self.from_files = [_from_file(file, placed, self.to_read, mode) for file, placed in by_file.items()]
+        self.from_files = [_from_file(file, placed, self.to_read, mode, whole_huge) for file, placed in by_file.items()]
         # The devices that pieces are streamed to, or decoded on.
         self.carriers = {device: carrier_to(device) for piece in pieces if (device := piece.device) is not None}
         self.shipments = [
@@ -186,6 +195,14 @@ class Places:
             if piece.unpacking is not None and layouts[0].nbytes
         ]
         self.converted = [layout for layouts in self.layouts for layout in layouts[1:]]
+        # Whole weights, used where the file is mapped, as long as the system does not refuse that; and can be again.
+        self.is_mapped = (
+            DROPS_PAGES
+            and 0 < sum([len(part.pieces) for part in self.from_files]) == len(self.to_read)
+            and all(piece.runs is None for piece in pieces)
+            and all(part.placement.is_mapped for part in self.from_files)
+            and not (self.decoded or self.converted)
+        )
         buffer_bytes = block_bytes(self.packed_bytes) + sum(part.placement.memory_bytes for part in self.from_files)
         buffer_bytes += sum(block_bytes(shipment.nbytes, shipment.carrier) for shipment in self.shipments)
         decoded_bytes = sum(block_bytes(layout.nbytes, self.carrier_of(layout)) for layout in self.decoded)
@@ -222,12 +239,13 @@ class Places:
 
 
 def _from_file(
-    file: WeightFile, placed: Sequence[tuple[int, Extent]], pieces: Sequence[Piece], mode: Mode
+    file: WeightFile, placed: Sequence[tuple[int, Extent]], pieces: Sequence[Piece], mode: Mode, whole_huge: bool
 ) -> _FromFile:
     extents = [extent for _, extent in placed]
     small = sum(extent.nbytes for extent in extents) < SMALL_READ_BYTES
     names = tuple(pieces[i].source.name for i, _ in placed)
-    return _FromFile(file, tuple(i for i, _ in placed), names, place(extents, "buffered" if small else mode))
+    placement = place(extents, "buffered" if small else mode, whole_huge=whole_huge)
+    return _FromFile(file, tuple(i for i, _ in placed), names, placement)
 
 
 class Room:
@@ -242,12 +260,14 @@ class Room:
         "_readers",
         "_shipped",
         "arrivals",
+        "mapped",
         "places",
     )
 
     def __init__(self, places: Places, *, drop_cache: bool = False, readers: Readers = ALONE) -> None:
         self.places = places
         self.arrivals: tuple[Arrival, ...] = ()  # of what was loaded, for each device
+        self.mapped: tuple[Pages, ...] = ()  # once it is loaded, for each file, if all that was done is mapping it
         self._drop_cache = drop_cache
         self._readers = readers
         self._buffers: list[Any] = []  # for each file
@@ -357,8 +377,9 @@ class Room:
     def _read(self) -> list[torch.Tensor]:
         places = self.places
         placed: list[tuple[Any, int] | None] = [None] * len(places.to_read)  # buffer, offset
+        mapped = places.is_mapped
         for part, buffer in zip(places.from_files, self._buffers, strict=True):
-            read_placed(part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache)
+            mapped &= read_placed(part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache)
             for i, offset in zip(part.pieces, part.placement.offsets, strict=True):
                 placed[i] = (buffer, offset)
         if self._packed is not None:
@@ -371,20 +392,23 @@ class Room:
                 )
                 for i, offset in zip(shipment.pieces, shipment.offsets, strict=True):
                     placed[i] = (shipped, offset)
-            return [_tensor(piece, where) for piece, where in zip(places.to_read, placed, strict=True)]
+            tensors = list(map(_tensor, places.to_read, places.read_layouts, placed))
+        if mapped:
+            self.mapped = tuple(self._buffers)
+        return tensors
 
     def _decode(self, read: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What was read, with the pieces that are decoded from it in the place of their parts."""
         rest, buffers, tensors = iter(read), iter(self._decoded), []
         with torch.inference_mode(False), torch.no_grad():
-            for piece in self.places.pieces:
+            for piece, layouts in zip(self.places.pieces, self.places.layouts, strict=True):
                 if piece.unpacking is None:
                     tensors.append(next(rest))
                     continue
                 buffer = next(buffers)
                 if isinstance(buffer, DeviceBytes):
                     buffer.begin()
-                values = _tensor(piece, (buffer, 0))
+                values = _tensor(piece, layouts[0], (buffer, 0))
                 piece.unpacking.decode(piece.source, rest, values)
                 tensors.append(values)
         return tensors
@@ -394,7 +418,7 @@ class Room:
         requests: dict[int, tuple[WeightStore, list[ReadRequest]]] = {}
         for i, offset in self.places.packed:
             piece = self.places.to_read[i]
-            destination = view[offset : offset + piece.layouts()[0].nbytes]
+            destination = view[offset : offset + self.places.read_layouts[i].nbytes]
             store = piece.source.store
             placed[i] = (buffer, offset)
             if not self._copy_cached(piece, destination):
@@ -426,9 +450,8 @@ class Room:
                     tensors[i] = converted
 
 
-def _tensor(piece: Piece, where: tuple[Any, int] | None) -> torch.Tensor:
+def _tensor(piece: Piece, layout: Layout, where: tuple[Any, int] | None) -> torch.Tensor:
     """What was read, or is decoded, there: (buffer, offset)."""
-    layout = piece.layouts()[0]
     if where is None:
         memory = piece.source.memory if piece.device is None else None
         return layout.empty() if memory is None else piece.stored_tensor(memory)
@@ -463,5 +486,7 @@ def try_reserve(
     readers: Readers = ALONE,
 ) -> Room | None:
     """Room for the pieces, or None where the budget leaves none."""
+    if places.idle_room is not None:
+        return places.idle_room.try_use_again(pool, places)
     room = Room(places, drop_cache=drop_cache, readers=readers)
     return room if room.try_take(pool, from_window=from_window) else None

@@ -168,11 +168,7 @@ class Residency(RunReads, Writes):
                 hold.pinned.append(weight)
             holders, me = self._holders, hold.thread_id
             holders[me], hold.counted = holders.get(me, 0) + 1, True
-            for weight in hold.weights:
-                if weight.state is not RESIDENT:
-                    break
-            else:
-                self._used(hold, missed=False)
+            if self._is_resident(hold, None, missed=False):
                 return
         if self.turns is not None:
             self._take_turns(self.turns, Group(self, hold.weights))
@@ -180,9 +176,7 @@ class Residency(RunReads, Writes):
         while True:
             with self.lock:
                 claim = self._claim(hold, waiter)
-                if claim is None and all(weight.state is State.RESIDENT for weight in hold.weights):
-                    self._used(hold, missed)
-                    self._stop_waiting(hold.thread_id, waiter)
+                if claim is None and self._is_resident(hold, waiter, missed=missed):
                     return
                 if claim is None:
                     waiter = waiter or Waiter()
@@ -206,6 +200,17 @@ class Residency(RunReads, Writes):
                 hold.claimed = []
                 if claim.places.read_bytes:
                     self._stats.stall_s += stalled_s
+                if self._is_resident(hold, waiter, missed=True):
+                    return
+
+    def _is_resident(self, hold: Hold, waiter: Waiter | None, *, missed: bool) -> bool:
+        """Whether all that is held is in memory; then its use begins."""
+        for weight in hold.weights:
+            if weight.state is not RESIDENT:
+                return False
+        self._used(hold, missed)
+        self._stop_waiting(hold.thread_id, waiter)
+        return True
 
     def _device_was_full(self, hold: Hold, places: loading.Places, error: BaseException, *, again: bool) -> bool:
         """What loading takes beside the budget did not fit: make room, once."""
@@ -385,6 +390,9 @@ class Residency(RunReads, Writes):
         self.readers = Readers(self.readers.count)
         # What those threads refer to is never released; it is the parent's memory, shared until somebody writes.
         self.pool = BufferPool(self.memory_budget)
+        self._places.clear()  # rooms that are kept are in the parent's pool
+        for loaded in self._in_memory:
+            loaded.room = None
         with self.lock:
             self.load_failed(list(self._weights.values()))
             self._release_other_threads()

@@ -12,9 +12,11 @@ from pylomin.io.sizes import format_bytes
 from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
 from pylomin.residency.device_errors import SPARE_SHARE, device_is_full
+from pylomin.residency.mapped_room import MappedRoom
 from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import ResidentParameter, State, Weight, outside_inference_mode
 
+MOST_MAPPED = 8192  # weights of a model whose mappings are kept; of 65,530 that Linux allows a process
 GRACE = 2  # looks in vain before giving up: another thread may be just about to drop its last reference
 
 
@@ -37,6 +39,7 @@ class Rooms(Contents):
                     break
             self.pool.set_limit(memory_budget)
             self.choices.pop("budget", None)  # it was about another one
+            self._places.clear()
             self._choose_reading()
             self._plan(self.retention.order)
 
@@ -56,7 +59,8 @@ class Rooms(Contents):
             )
             if room is not None:
                 self._waiting.pop(thread_id, None)
-                self.lower_budget(used_bytes, share=SPARE_SHARE)
+                if used_bytes:
+                    self.lower_budget(used_bytes, share=SPARE_SHARE)
                 return room
             if self.pool.refusal is not None:
                 used_bytes = self._make_room_on_device(weights, places, self.pool.refusal, again=is_full)
@@ -148,6 +152,10 @@ class Rooms(Contents):
         places = room.places
         loaded = Loaded(tuple([weight.index for weight in weights]), places.resident_bytes, bool(weights[0].parts))
         loaded.arrivals = room.arrivals
+        if isinstance(room, MappedRoom):
+            loaded.room = room
+        elif room.mapped and len(self._weights) <= MOST_MAPPED:
+            loaded.room, room.mapped = MappedRoom(room, [*tensors]), ()
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None

@@ -175,20 +175,34 @@ def read_direct(weight: StoredWeight, name: str, offset_bytes: int, nbytes: int,
 
 
 def read_placed(
-    file: WeightFile, placement: Placement, names: Sequence[str], buffer: Any, *, drop_cache: bool = False
-) -> None:
+    file: WeightFile,
+    placement: Placement,
+    names: Sequence[str],
+    buffer: Any,
+    *,
+    drop_cache: bool = False,
+    again: bool = False,
+) -> bool:
     """Bring all extents of a placement into ``buffer``; ``names`` are those of their weights, in the same order.
+
+    Args:
+        again: they were mapped there already, and :meth:`Placement.drop` was called since.
+
+    Returns:
+        Whether all of them are mapped.
 
     Raises:
         StoreReadError: naming the weights and the file.
     """
     if len(placement.runs) > 1:
         file.announce([Extent(placed.run.start, placed.run.stop) for placed in placement.runs])
+    mapped = True
     for placed in placement.runs:
         try:
-            read_run(file, placed, buffer, drop_cache=drop_cache)
+            mapped &= read_run(file, placed, buffer, drop_cache=drop_cache, again=again)
         except StoreReadError as error:
             raise _naming([names[i] for i in placed.run.members], error) from error
+    return mapped
 
 
 def read_range(

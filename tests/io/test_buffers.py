@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pylomin.io import buffers
-from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, BufferPool, aligned, observe
+from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, BufferPool, Pages, aligned, observe
 
 KIB = 1 << 10
 SIZES = st.one_of(
@@ -313,13 +313,15 @@ def test_many_threads() -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random takes, views, drops, adoptions and limits against a model of the ledger."""
+    """Random takes, views, drops, idle pages, adoptions and limits against a model of the ledger."""
 
     @initialize(limit=st.one_of(st.none(), st.integers(1, 600 * KIB)))
     def start(self, limit: int | None) -> None:
         self.pool = BufferPool(limit)
         self.held: list[tuple[int, int, list[torch.Tensor]]] = []  # size, fill, views
         self.adopted: list[tuple[int, torch.Tensor]] = []
+        self.pages: list[tuple[int, Pages]] = []
+        self.idle: set[Pages] = set()
         self.fill = 0
         self.observed = 0
         self.undo = observe(self._observe)
@@ -351,6 +353,36 @@ class PoolMachine(RuleBasedStateMachine):
         assert pages[:] == bytes(aligned(size, PAGE_BYTES)), "fresh"
         self.fill = (self.fill + 1) % 251
         self.held.append((size, self.fill, [torch.frombuffer(pages, dtype=torch.uint8, count=size).fill_(self.fill)]))
+
+    @rule(index=st.integers(0, 20))
+    def set_idle(self, index: int) -> None:
+        if self.pages:
+            _, pages = self.pages[index % len(self.pages)]
+            self.pool.set_idle(pages)
+            self.idle.add(pages)
+
+    @rule(index=st.integers(0, 20))
+    def use_again(self, index: int) -> None:
+        size, pages = self.pages[index % len(self.pages)] if self.pages else (0, None)
+        if pages is None or pages not in self.idle:
+            return
+        if self.pool.try_use_again(pages):
+            self.idle.remove(pages)
+        else:
+            assert self.pool.limit_bytes is not None
+            assert self.pool.live_bytes + aligned(size, PAGE_BYTES) > self.pool.limit_bytes
+
+    @rule(index=st.integers(0, 20))
+    def drop_pages(self, index: int) -> None:
+        if self.pages:
+            _, pages = self.pages.pop(index % len(self.pages))
+            self.idle.discard(pages)
+
+    @rule(size=SIZES)
+    def take_pages_to_keep(self, size: int) -> None:
+        pages = self.pool.try_take_pages(size)
+        if pages is not None:
+            self.pages.append((size, pages))
 
     @rule(size=st.integers(1, 100 * KIB))
     def adopt(self, size: int) -> None:
@@ -394,12 +426,14 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def the_ledger_is_right(self) -> None:
         used = sum(size for size, _, _ in self.held) + sum(size for size, _ in self.adopted)
+        used += sum(size for size, pages in self.pages if pages not in self.idle)
         in_use = self.pool.in_use_bytes()
         assert in_use >= used
-        assert in_use <= used + len(self.held) * (3 * SMALL_BYTES) + sum(size for size, _, _ in self.held)
+        rounded = len(self.held) * (3 * SMALL_BYTES) + len(self.pages) * PAGE_BYTES
+        assert in_use <= used + rounded + sum(size for size, _, _ in self.held)
         assert self.observed == used
         assert self.pool.free_bytes == sum(block.capacity_bytes for block in self.pool._free)
-        if not self.held and not self.adopted:
+        if not used:
             assert in_use == 0
 
     @invariant()
@@ -416,6 +450,7 @@ class PoolMachine(RuleBasedStateMachine):
         if hasattr(self, "undo"):
             self.held.clear()
             self.adopted.clear()
+            self.pages.clear()
             self.undo()
 
 

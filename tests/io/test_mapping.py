@@ -4,18 +4,21 @@ import ctypes
 import errno
 import gc
 import os
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from pylomin.errors import StoreChangedError, StoreReadError
 from pylomin.io import syscalls
-from pylomin.io.buffers import PAGE_BYTES, BufferPool, observe
-from pylomin.io.files import WeightFile
-from pylomin.io.mapping import mapped_bytes
+from pylomin.io.buffers import HUGE_PAGE_BYTES, PAGE_BYTES, BufferPool, observe
+from pylomin.io.files import Extent, WeightFile
+from pylomin.io.mapping import drop_shown, mapped_bytes
+from pylomin.io.placed import place, read_run
 from tests.io.common import CONTENT, open_descriptors, overwrite, touch_later
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figures are those of Linux")
@@ -36,6 +39,22 @@ def content(tensor: torch.Tensor) -> bytes:
 
 def mappings_of(path: Path) -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count(f"{path}\n")
+
+
+class Shown(NamedTuple):
+    nbytes: int
+    resident_bytes: int
+
+
+def shown_of(path: Path) -> list[Shown]:
+    """The mappings of a file in this process."""
+    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    found = []
+    for i, line in enumerate(lines):
+        if line.endswith(f" {path}"):
+            sizes = dict(following.split()[:2] for following in lines[i + 1 : i + 8])
+            found.append(Shown(int(sizes["Size:"]) << 10, int(sizes["Rss:"]) << 10))
+    return found
 
 
 def resident_bytes() -> int:
@@ -113,6 +132,61 @@ def test_the_pool_counts_pages_until_the_last_view_dies(path: Path) -> None:
     assert pool.try_take_pages(4 * PAGE_BYTES) is not None
     assert pool.in_use_bytes() == sum(seen) == 0
     undo()
+
+
+def test_idle_pages_do_not_count(path: Path) -> None:
+    seen: list[int] = []
+    gc.collect()
+    undo = observe(seen.append)
+    file, pool = WeightFile(path), BufferPool(limit_bytes=4 * PAGE_BYTES)
+    pages = pool.try_take_pages(mapped_bytes(100, PAGE_BYTES))
+    assert pages is not None
+    for again in (False, True, True):
+        assert file.map(100, PAGE_BYTES, pages, again=again)
+        assert pool.in_use_bytes() == sum(seen) == pool.asked_bytes() == 2 * PAGE_BYTES
+        assert pages[100:200] == CONTENT[100:200]
+        pages[100:200] = bytes(100)
+        drop_shown(100, PAGE_BYTES, pages, 0)
+        pool.set_idle(pages)
+        assert pool.in_use_bytes() == sum(seen) == pool.asked_bytes() == 0
+        others = pool.try_take_pages(3 * PAGE_BYTES)
+        assert others is not None
+        assert not pool.try_use_again(pages), "their memory is in use by others now"
+        assert pool.in_use_bytes() == 3 * PAGE_BYTES
+        del others
+        assert pool.try_use_again(pages)
+    pool.set_idle(pages)
+    pool.set_idle(pages)
+    del pages
+    assert pool.in_use_bytes() == sum(seen) == 0
+    undo()
+
+
+@linux
+@pytest.mark.parametrize("offset", [0, 4096 + 64, (2 << 20) - 64, (3 << 20) + 64])
+def test_whole_huge_pages(tmp_path: Path, offset: int) -> None:
+    path, nbytes = tmp_path / "weights", 3 << 20
+    path.write_bytes(bytes(random.Random(0).randbytes(offset + nbytes)))
+    placement = place([Extent(offset, offset + nbytes)], "mapped", whole_huge=True)
+    (placed,) = placement.runs
+    file, pool = WeightFile(path), BufferPool(limit_bytes=placement.memory_bytes)
+    assert placement.memory_bytes == mapped_bytes(offset, nbytes), "what lies around it is not counted"
+    pages = placement.try_take(pool)
+    assert pages is not None
+    around = offset // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES, -(-(offset + nbytes) // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    for again in (False, True):
+        assert read_run(file, placed, pages, again=again)
+        values = torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=placement.offsets[0])
+        assert content(values) == path.read_bytes()[offset:]
+        (shown,) = shown_of(path)
+        assert shown.nbytes == around[1] - around[0]
+        assert shown.resident_bytes >= nbytes
+        del values
+        placement.drop(pages)
+        (shown,) = shown_of(path)
+        assert shown.resident_bytes == 0
+    del pages
+    assert shown_of(path) == []
 
 
 def test_free_blocks_make_room_for_pages() -> None:

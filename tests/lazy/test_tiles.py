@@ -244,10 +244,10 @@ def test_where_tiles_come_to_lie_is_decided_once_and_again_after_a_write(monkeyp
     made = 0
 
     class Counted(loading.Places):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args: Any, **settings: Any) -> None:
             nonlocal made
             made += 1
-            super().__init__(*args)
+            super().__init__(*args, **settings)
 
     monkeypatch.setattr(loading, "Places", Counted)
     plain, x = random(64, 512), random(3, 512)
