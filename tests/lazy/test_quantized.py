@@ -338,6 +338,20 @@ def test_fused_is_as_exact_as_float32(tmp_path, scheme, columns, scale):
 
 
 @pytest.mark.usefixtures("with_fused")
+@pytest.mark.parametrize("columns", [64, 512, 515])
+def test_one_row_is_as_one_of_many(tmp_path, columns, monkeypatch):
+    """It is multiplied in another order: a digit at a time, by some codes at a time."""
+    model, _ = linear(tmp_path, "int8-row", columns)
+    x = torch.randn(3, columns)
+    monkeypatch.setattr(fused, "CODES_BYTES", 70 * columns)
+    with torch.no_grad():
+        many = model(x)
+        for i in range(3):
+            assert torch.equal(model(x[i]), many[i])
+            assert torch.equal(model(x[i].view(1, 1, columns)), many[i].view(1, 1, -1))
+
+
+@pytest.mark.usefixtures("with_fused")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_rounds_half_precision_once(tmp_path, dtype):
     model, exact = linear(tmp_path, "int8-row", 515, dtype)
