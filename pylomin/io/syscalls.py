@@ -9,7 +9,8 @@ import os
 import sys
 
 _LINUX = sys.platform == "linux"
-DROPS_PAGES = _LINUX  # elsewhere what was written to them may outlive `drop`
+if _LINUX:
+    import resource
 _NUMBERS_ARE_KNOWN = _LINUX and os.uname().machine in ("x86_64", "aarch64")  # some others number flags and calls anew
 _libc = ctypes.CDLL(None, use_errno=True)  # releases the GIL
 
@@ -59,6 +60,14 @@ def populate(address: int, nbytes: int) -> None:
     if _LINUX and ctypes.get_errno() != errno.EINVAL:
         raise _last_error()
     _madvise(address, nbytes, _MADV_WILLNEED)
+
+
+def may_keep_mappings() -> bool:
+    """Whether mappings of files cost nothing while :func:`drop` has left nothing of them in memory.
+
+    Not where address space is limited (``ulimit -v``); nor but on Linux, for elsewhere written pages may outlive that.
+    """
+    return _LINUX and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def drop(address: int, nbytes: int) -> None:

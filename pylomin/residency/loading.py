@@ -16,7 +16,7 @@ from pylomin.io.buffers import BufferPool, Pages, aligned, block_bytes
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.modes import Mode
 from pylomin.io.placed import Placement, place
-from pylomin.io.syscalls import DROPS_PAGES
+from pylomin.io.syscalls import may_keep_mappings
 from pylomin.residency.carrier import Carrier, Shipment, carrier_to
 from pylomin.residency.device import is_streamed_to
 from pylomin.residency.device_memory import Arrival, DeviceBytes
@@ -197,11 +197,11 @@ class Places:
         self.converted = [layout for layouts in self.layouts for layout in layouts[1:]]
         # Whole weights, used where the file is mapped, as long as the system does not refuse that; and can be again.
         self.is_mapped = (
-            DROPS_PAGES
-            and 0 < sum([len(part.pieces) for part in self.from_files]) == len(self.to_read)
+            0 < sum([len(part.pieces) for part in self.from_files]) == len(self.to_read)
             and all(piece.runs is None for piece in pieces)
             and all(part.placement.is_mapped for part in self.from_files)
             and not (self.decoded or self.converted)
+            and may_keep_mappings()
         )
         buffer_bytes = block_bytes(self.packed_bytes) + sum(part.placement.memory_bytes for part in self.from_files)
         buffer_bytes += sum(block_bytes(shipment.nbytes, shipment.carrier) for shipment in self.shipments)
@@ -252,6 +252,7 @@ class Room:
     """Memory for a list of pieces, and what brings them there. What is not used goes back when this object dies."""
 
     __slots__ = (
+        "_again",
         "_buffers",
         "_conversions",
         "_decoded",
@@ -268,6 +269,7 @@ class Room:
         self.places = places
         self.arrivals: tuple[Arrival, ...] = ()  # of what was loaded, for each device
         self.mapped: tuple[Pages, ...] = ()  # once it is loaded, for each file, if all that was done is mapping it
+        self._again = False  # what is mapped is mapped already, and was dropped since
         self._drop_cache = drop_cache
         self._readers = readers
         self._buffers: list[Any] = []  # for each file
@@ -379,7 +381,9 @@ class Room:
         placed: list[tuple[Any, int] | None] = [None] * len(places.to_read)  # buffer, offset
         mapped = places.is_mapped
         for part, buffer in zip(places.from_files, self._buffers, strict=True):
-            mapped &= read_placed(part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache)
+            mapped &= read_placed(
+                part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache, again=self._again
+            )
             for i, offset in zip(part.pieces, part.placement.offsets, strict=True):
                 placed[i] = (buffer, offset)
         if self._packed is not None:
@@ -393,7 +397,7 @@ class Room:
                 for i, offset in zip(shipment.pieces, shipment.offsets, strict=True):
                     placed[i] = (shipped, offset)
             tensors = list(map(_tensor, places.to_read, places.read_layouts, placed))
-        if mapped:
+        if mapped and not self._again:
             self.mapped = tuple(self._buffers)
         return tensors
 

@@ -155,7 +155,7 @@ class Rooms(Contents):
         if isinstance(room, MappedRoom):
             loaded.room = room
         elif room.mapped and len(self._weights) <= MOST_MAPPED:
-            loaded.room, room.mapped = MappedRoom(room, [*tensors]), ()
+            loaded.room = MappedRoom(room)
         self._in_memory[loaded] = None
         if not any(weight.holds for weight in weights):
             self._ahead[loaded] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,18 @@ def test_copies_map_for_themselves(model: nn.Module, path: Path) -> None:
     assert shown_bytes(path, "Size") > 0
     del model
     assert torch.equal(run(other), expected(path))
+
+
+def test_where_address_space_is_limited_none_is_kept(path: Path, maps: list[int]) -> None:
+    def use() -> tuple[int, int]:
+        torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 45, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        model = pylomin.load(layers, path, reading_mode="mapped")
+        for _ in range(2):
+            run(model)
+        return len(maps), shown_bytes(path, "Size")
+
+    assert in_child(use) == (2 * LAYERS, 0)
 
 
 def test_a_model_of_very_many_weights_keeps_none(
