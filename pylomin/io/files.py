@@ -200,7 +200,7 @@ class WeightFile:
         try:
             pages = mmap.mmap(-1, mapped_bytes(first, last - first), flags=PRIVATE)
             try:
-                show_pages(descriptor.fd, first, last - first, pages, 0)
+                show_pages(descriptor.fd, first, last - first, pages, 0, scattered=True)
             except OSError:
                 return False
             try:

@@ -20,13 +20,21 @@ def mapped_bytes(offset_bytes: int, nbytes: int) -> int:
 
 
 def show_pages(
-    fd: int, offset_bytes: int, nbytes: int, pages: mmap.mmap, at_bytes: int, *, whole_huge: bool = False
+    fd: int,
+    offset_bytes: int,
+    nbytes: int,
+    pages: mmap.mmap,
+    at_bytes: int,
+    *,
+    whole_huge: bool = False,
+    scattered: bool = False,
 ) -> None:
     """Let ``pages`` show the file pages that hold a range, at ``at_bytes``. OSError, and then they are as before.
 
     Args:
         whole_huge: show all of the huge pages that hold the range. There must be room for them around ``at_bytes``,
             which is as far from the beginning of a huge page as the range is in the file.
+        scattered: little of it is used, here and there; the system should not read all of a huge page for that.
     """
     first, length = _shown(offset_bytes, nbytes, at_bytes, whole_huge=whole_huge)
     address = _address(pages, first, length)
@@ -36,7 +44,7 @@ def show_pages(
         # Some kernels unmap first and then fail; others' memory must not come where ``pages`` will be unmapped.
         syscalls.fill_hole(address, length)
         raise
-    if length >= HUGE_PAGE_BYTES:
+    if length >= HUGE_PAGE_BYTES and not scattered:
         syscalls.prefer_huge_pages(address, length)
 
 

@@ -189,6 +189,17 @@ def test_whole_huge_pages(tmp_path: Path, offset: int) -> None:
     assert shown_of(path) == []
 
 
+def test_rows_here_and_there_ask_for_no_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are not cached, the system would read 2 MiB for each."""
+    path, asked = tmp_path / "table", []
+    path.write_bytes(bytes(5 << 20))
+    monkeypatch.setattr(syscalls, "prefer_huge_pages", lambda address, nbytes: asked.append(nbytes))
+    assert WeightFile(path).copy_cached([Extent(i << 20, (i << 20) + 64) for i in range(5)], memoryview(bytearray(320)))
+    assert asked == []
+    mapped(WeightFile(path), 0, 5 << 20)
+    assert asked == [5 << 20]
+
+
 def test_free_blocks_make_room_for_pages() -> None:
     pool = BufferPool(limit_bytes=1 << 20)
     pool.try_take(1 << 20)
