@@ -33,7 +33,6 @@ from pylomin.io import syscalls
 from pylomin.lazy.module import LazyModule, whole_weights
 from pylomin.residency.hold import Hold
 from pylomin.residency.loading import Room
-from pylomin.residency.mapped_room import MappedRoom
 from pylomin.residency.residency import Residency
 from pylomin.store.safetensors import SafetensorsStore
 
@@ -42,13 +41,13 @@ BUDGET = "300MiB"
 MADV_POPULATE_READ = 22  # Linux 5.14; the mmap module does not name it
 CACHES_BYTES = 128 << 20  # 128 MiB; more than the caches of a processor hold
 # Stage: what is called. Some are parts of others.
-STAGES: dict[str, list[tuple[Any, str]]] = {
-    "bring weights in": [(Hold, "__enter__")],
-    "of that, load": [(Room, "load"), (MappedRoom, "load")],
-    "of that, faulting pages in": [(syscalls, "populate")],
-    "let weights go": [(Hold, "__exit__")],
-    "of that, dropping pages": [(syscalls, "drop")],
-    "rows of embeddings": [(Residency, "load_runs")],
+STAGES: dict[str, tuple[Any, str]] = {
+    "bring weights in": (Hold, "__enter__"),
+    "of that, load": (Room, "load"),
+    "of that, faulting pages in": (syscalls, "populate"),
+    "let weights go": (Hold, "__exit__"),
+    "of that, dropping pages": (syscalls, "drop"),
+    "rows of embeddings": (Residency, "load_runs"),
 }
 WAIT, READ = "of that, waiting for reads", "reads, in the background"
 OF_MODEL = {
@@ -62,8 +61,7 @@ ALONE, ALONE_COLD = "in and out, computing nothing", "the same, processor caches
 def timed() -> Iterator[Mapping[str, list[float]]]:
     """Seconds of each call of each stage."""
     calls: dict[str, list[float]] = defaultdict(list)
-    calls_of = [(name, owner, attribute) for name, places in STAGES.items() for owner, attribute in places]
-    originals = [getattr(owner, attribute) for _, owner, attribute in calls_of]
+    originals = {name: getattr(owner, attribute) for name, (owner, attribute) in STAGES.items()}
 
     def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -75,13 +73,13 @@ def timed() -> Iterator[Mapping[str, list[float]]]:
 
         return call
 
-    for (name, owner, attribute), original in zip(calls_of, originals, strict=True):
-        setattr(owner, attribute, watch(name, original))
+    for name, (owner, attribute) in STAGES.items():
+        setattr(owner, attribute, watch(name, originals[name]))
     try:
         yield calls
     finally:
-        for (_, owner, attribute), original in zip(calls_of, originals, strict=True):
-            setattr(owner, attribute, original)
+        for name, (owner, attribute) in STAGES.items():
+            setattr(owner, attribute, originals[name])
 
 
 def least(config: BertConfig, directory: Path) -> nn.Module:

@@ -155,7 +155,7 @@ class WeightFile:
         Raises:
             StoreReadError, StoreChangedError: as :meth:`read`.
         """
-        if self.map_refused is not None:
+        if self.map_refused is not None or not self._provide([(offset_bytes, offset_bytes + nbytes)]):
             return False
         descriptor = self._opened()
         try:
@@ -192,7 +192,7 @@ class WeightFile:
         Raises:
             StoreReadError, StoreChangedError: as :meth:`read`.
         """
-        if self.map_refused is not None:
+        if self.map_refused is not None or not self._provide([(extent.start, extent.stop) for extent in extents]):
             return False
         descriptor = self._opened()
         first = min(extent.start for extent in extents)
@@ -307,6 +307,10 @@ class WeightFile:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"the open weight file {self.path!r} can neither be copied nor pickled")
+
+    def _provide(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Get byte ranges to where the descriptor finds them; False where that cannot be."""
+        return True
 
     def _opened(self) -> Descriptor:
         descriptor = self._descriptor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 import weakref
 from bisect import bisect_right
@@ -69,26 +68,6 @@ class RemoteFile(WeightFile):
             super().read(offset_bytes, buffers, drop_cache=drop_cache)
         else:
             self._read_past_cache(offset_bytes, buffers, drop_cache=drop_cache)
-
-    def map(
-        self,
-        offset_bytes: int,
-        nbytes: int,
-        pages: mmap.mmap,
-        at_bytes: int = 0,
-        *,
-        whole_huge: bool = False,
-        again: bool = False,
-    ) -> bool:
-        """As :meth:`WeightFile.map`; False also where the cache cannot take what is to be shown."""
-        return self._provide([(offset_bytes, offset_bytes + nbytes)]) and super().map(
-            offset_bytes, nbytes, pages, at_bytes, whole_huge=whole_huge, again=again
-        )
-
-    def copy_cached(self, extents: Sequence[Extent], buffer: memoryview) -> bool:
-        """As :meth:`WeightFile.copy_cached`; False also where the cache cannot take what is to be copied."""
-        ranges = [(extent.start, extent.stop) for extent in extents]
-        return self._provide(ranges) and super().copy_cached(extents, buffer)
 
     def read_direct(self, offset_bytes: int, nbytes: int, buffer: memoryview) -> None:
         """As :meth:`WeightFile.read_direct`."""

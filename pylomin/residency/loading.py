@@ -252,7 +252,6 @@ class Room:
     """Memory for a list of pieces, and what brings them there. What is not used goes back when this object dies."""
 
     __slots__ = (
-        "_again",
         "_buffers",
         "_conversions",
         "_decoded",
@@ -265,11 +264,12 @@ class Room:
         "places",
     )
 
+    again = False  # what is mapped is mapped already, and was dropped since
+
     def __init__(self, places: Places, *, drop_cache: bool = False, readers: Readers = ALONE) -> None:
         self.places = places
         self.arrivals: tuple[Arrival, ...] = ()  # of what was loaded, for each device
         self.mapped: tuple[Pages, ...] = ()  # once it is loaded, for each file, if all that was done is mapping it
-        self._again = False  # what is mapped is mapped already, and was dropped since
         self._drop_cache = drop_cache
         self._readers = readers
         self._buffers: list[Any] = []  # for each file
@@ -382,7 +382,7 @@ class Room:
         mapped = places.is_mapped
         for part, buffer in zip(places.from_files, self._buffers, strict=True):
             mapped &= read_placed(
-                part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache, again=self._again
+                part.file, part.placement, part.names, buffer, drop_cache=self._drop_cache, again=self.again
             )
             for i, offset in zip(part.pieces, part.placement.offsets, strict=True):
                 placed[i] = (buffer, offset)
@@ -397,7 +397,7 @@ class Room:
                 for i, offset in zip(shipment.pieces, shipment.offsets, strict=True):
                     placed[i] = (shipped, offset)
             tensors = list(map(_tensor, places.to_read, places.read_layouts, placed))
-        if mapped and not self._again:
+        if mapped and not self.again:
             self.mapped = tuple(self._buffers)
         return tensors
 

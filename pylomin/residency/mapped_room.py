@@ -13,7 +13,7 @@ def _references(objects: Sequence[object]) -> list[int]:
     return [sys.getrefcount(kept) for kept in objects]
 
 
-ALONE = _references([object()])[0]  # of what only one list has
+UNVIEWED = _references([object()])[0]  # of what only one list has
 
 
 class MappedRoom(Room):
@@ -29,16 +29,16 @@ class MappedRoom(Room):
     """
 
     __slots__ = ()
+    again = True
 
     def __init__(self, room: Room) -> None:
         super().__init__(room.places)
         self._buffers, room.mapped = [*room.mapped], ()
-        self._again = True
 
     def try_set_idle(self, pool: BufferPool) -> bool:
         """False where somebody still views the pages; then they go with the last view."""
         places = self.places
-        if places.idle_room is not None or any(count > ALONE for count in _references(self._buffers)):
+        if places.idle_room is not None or any(count > UNVIEWED for count in _references(self._buffers)):
             return False
         for part, pages in zip(places.from_files, self._buffers, strict=True):
             part.placement.drop(pages)

@@ -168,7 +168,7 @@ class Residency(RunReads, Writes):
                 hold.pinned.append(weight)
             holders, me = self._holders, hold.thread_id
             holders[me], hold.counted = holders.get(me, 0) + 1, True
-            if self._is_resident(hold, None, missed=False):
+            if self._try_use(hold, missed=False):
                 return
         if self.turns is not None:
             self._take_turns(self.turns, Group(self, hold.weights))
@@ -176,7 +176,8 @@ class Residency(RunReads, Writes):
         while True:
             with self.lock:
                 claim = self._claim(hold, waiter)
-                if claim is None and self._is_resident(hold, waiter, missed=missed):
+                if claim is None and self._try_use(hold, missed=missed):
+                    self._stop_waiting(hold.thread_id, waiter)
                     return
                 if claim is None:
                     waiter = waiter or Waiter()
@@ -200,16 +201,16 @@ class Residency(RunReads, Writes):
                 hold.claimed = []
                 if claim.places.read_bytes:
                     self._stats.stall_s += stalled_s
-                if self._is_resident(hold, waiter, missed=True):
+                if self._try_use(hold, missed=True):
+                    self._stop_waiting(hold.thread_id, waiter)
                     return
 
-    def _is_resident(self, hold: Hold, waiter: Waiter | None, *, missed: bool) -> bool:
-        """Whether all that is held is in memory; then its use begins."""
+    def _try_use(self, hold: Hold, *, missed: bool) -> bool:
+        """Begin the use of what is held; False where not all of it is in memory."""
         for weight in hold.weights:
             if weight.state is not RESIDENT:
                 return False
         self._used(hold, missed)
-        self._stop_waiting(hold.thread_id, waiter)
         return True
 
     def _device_was_full(self, hold: Hold, places: loading.Places, error: BaseException, *, again: bool) -> bool:
