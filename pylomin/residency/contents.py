@@ -334,7 +334,7 @@ class Contents:
             weight.tensor = weight.twin = weight.loaded = None
         room, loaded.room = loaded.room, None
         if room is None or not room.try_set_idle(self.pool):
-            room = None
+            room = None  # or its memory would not be free yet
             self.pool.collect()
 
     def _forget_replaced(self) -> None:

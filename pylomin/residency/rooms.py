@@ -39,7 +39,7 @@ class Rooms(Contents):
                     break
             self.pool.set_limit(memory_budget)
             self.choices.pop("budget", None)  # it was about another one
-            self._places.clear()
+            self._places.clear()  # how much is mapped around a weight depends on whether there is a budget
             self._choose_reading()
             self._plan(self.retention.order)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from pylomin.io.files import WeightFile
 
@@ -35,3 +36,19 @@ def overwrite(path: Path, content: bytes) -> None:
 def open_descriptors() -> int:
     gc.collect()  # what others left
     return len(os.listdir("/dev/fd"))
+
+
+class Shown(NamedTuple):
+    nbytes: int
+    resident_bytes: int
+
+
+def shown_of(path: Path) -> list[Shown]:
+    """The mappings of a file in this process."""
+    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
+    found = []
+    for i, line in enumerate(lines):
+        if line.endswith(f" {path}"):
+            sizes = dict(following.split()[:2] for following in lines[i + 1 : i + 8])
+            found.append(Shown(int(sizes["Size:"]) << 10, int(sizes["Rss:"]) << 10))
+    return found

@@ -8,7 +8,6 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from pylomin.io.buffers import HUGE_PAGE_BYTES, PAGE_BYTES, BufferPool, observe
 from pylomin.io.files import Extent, WeightFile
 from pylomin.io.mapping import drop_shown, mapped_bytes
 from pylomin.io.placed import place, read_run
-from tests.io.common import CONTENT, open_descriptors, overwrite, touch_later
+from tests.io.common import CONTENT, open_descriptors, overwrite, shown_of, touch_later
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figures are those of Linux")
 
@@ -38,23 +37,7 @@ def content(tensor: torch.Tensor) -> bytes:
 
 
 def mappings_of(path: Path) -> int:
-    return Path("/proc/self/maps").read_text(encoding="utf-8").count(f"{path}\n")
-
-
-class Shown(NamedTuple):
-    nbytes: int
-    resident_bytes: int
-
-
-def shown_of(path: Path) -> list[Shown]:
-    """The mappings of a file in this process."""
-    lines = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
-    found = []
-    for i, line in enumerate(lines):
-        if line.endswith(f" {path}"):
-            sizes = dict(following.split()[:2] for following in lines[i + 1 : i + 8])
-            found.append(Shown(int(sizes["Size:"]) << 10, int(sizes["Rss:"]) << 10))
-    return found
+    return len(shown_of(path))
 
 
 def resident_bytes() -> int:

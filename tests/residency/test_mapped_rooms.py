@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pylomin.errors import StoreChangedError, StoreReadError
 from pylomin.io import syscalls
 from pylomin.residency import rooms
 from tests.forks import in_child
+from tests.io.common import shown_of, touch_later
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figures are those of Linux")
 SIZE = 800  # weights of 2.4 MiB
@@ -80,21 +80,17 @@ def expected(path: Path) -> torch.Tensor:
     return run(model)
 
 
-def shown_bytes(path: Path, field: str) -> int:
-    """Bytes of address space (``"Size"``) or of memory (``"Rss"``) that show a file."""
-    total, is_shown = 0, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if "-" in line.split()[0]:
-            is_shown = line.endswith(f" {path}")
-        elif is_shown and name == field:
-            total += int(value.split()[0]) << 10
-    return total
+def mapped_bytes_of(path: Path) -> int:
+    return sum(shown.nbytes for shown in shown_of(path))
+
+
+def resident_bytes_of(path: Path) -> int:
+    return sum(shown.resident_bytes for shown in shown_of(path))
 
 
 def assert_nothing_in_memory(model: nn.Module, path: Path) -> None:
     assert pylomin.stats(model).resident_bytes == 0
-    assert shown_bytes(path, "Rss") == 0
+    assert resident_bytes_of(path) == 0
 
 
 def test_a_file_is_mapped_once(model: nn.Module, path: Path, maps: list[int]) -> None:
@@ -102,16 +98,16 @@ def test_a_file_is_mapped_once(model: nn.Module, path: Path, maps: list[int]) ->
         assert torch.equal(run(model), expected(path))
         assert_nothing_in_memory(model, path)
     assert len(maps) == LAYERS
-    assert shown_bytes(path, "Size") == sum(maps)
+    assert mapped_bytes_of(path) == sum(maps)
     assert pylomin.stats(model).loads == 3 * LAYERS, "each use is a load"
 
 
 def test_all_goes_with_the_model(path: Path) -> None:
     model = pylomin.load(layers, path, reading_mode="mapped")
     run(model)
-    assert shown_bytes(path, "Size") > 0
+    assert mapped_bytes_of(path) > 0
     del model
-    assert shown_bytes(path, "Size") == 0, "at once, not when garbage is collected"
+    assert mapped_bytes_of(path) == 0, "at once, not when garbage is collected"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +136,7 @@ def test_what_somebody_keeps_stays(
     first.probe = None
     counted_bytes = pylomin.stats(model).resident_bytes
     assert counted_bytes >= SIZE * SIZE * 4, "it is counted as long as it is there"
-    assert shown_bytes(path, "Rss") >= SIZE * SIZE * 4
+    assert resident_bytes_of(path) >= SIZE * SIZE * 4
     run(model)
     assert len(maps) == LAYERS + 1, "others get a mapping of their own"
     kept.clear()
@@ -190,8 +186,7 @@ def test_an_exception_whose_traceback_has_the_weight(model: nn.Module, path: Pat
 def test_a_change_between_uses(model: nn.Module, path: Path) -> None:
     run(model)
     content = path.read_bytes()
-    status = path.stat()
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    touch_later(path)
     with pytest.raises(StoreChangedError, match="was changed after it was opened"):
         run(model)
     assert torch.equal(run(model), expected(path)), "its layout is as before"
@@ -206,7 +201,7 @@ def test_a_change_between_uses(model: nn.Module, path: Path) -> None:
 def test_the_budget_changes(model: nn.Module, path: Path, maps: list[int]) -> None:
     run(model)
     pylomin.set_memory_budget(model, "3MiB")
-    assert shown_bytes(path, "Size") == 0
+    assert mapped_bytes_of(path) == 0
     for _ in range(3):
         assert torch.equal(run(model), expected(path))
         assert pylomin.stats(model).peak_bytes <= 3 << 20
@@ -222,7 +217,7 @@ def test_with_a_budget_what_lies_around_is_not_in_memory(path: Path, maps: list[
     model = pylomin.load(layers, path, reading_mode="mapped", memory_budget="64MiB")
     for _ in range(3):
         assert torch.equal(run(model), expected(path))
-    assert pylomin.stats(model).resident_bytes == shown_bytes(path, "Rss") == sum(maps)
+    assert pylomin.stats(model).resident_bytes == resident_bytes_of(path) == sum(maps)
 
 
 def test_a_forked_child_maps_for_itself(model: nn.Module, path: Path) -> None:
@@ -243,7 +238,7 @@ def test_copies_map_for_themselves(model: nn.Module, path: Path) -> None:
     run(model)
     other = copy.deepcopy(model)
     assert torch.equal(run(other), expected(path))
-    assert shown_bytes(path, "Size") > 0
+    assert mapped_bytes_of(path) > 0
     del model
     assert torch.equal(run(other), expected(path))
 
@@ -255,7 +250,7 @@ def test_where_address_space_is_limited_none_is_kept(path: Path, maps: list[int]
         model = pylomin.load(layers, path, reading_mode="mapped")
         for _ in range(2):
             run(model)
-        return len(maps), shown_bytes(path, "Size")
+        return len(maps), mapped_bytes_of(path)
 
     assert in_child(use) == (2 * LAYERS, 0)
 
@@ -267,4 +262,4 @@ def test_a_model_of_very_many_weights_keeps_none(
     for _ in range(2):
         assert torch.equal(run(model), expected(path))
     assert len(maps) == 2 * LAYERS
-    assert shown_bytes(path, "Size") == 0
+    assert mapped_bytes_of(path) == 0
