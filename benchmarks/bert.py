@@ -1,8 +1,8 @@
 """Does a model whose weights leave memory after each use keep its speed, and how little memory does it take?
 
-BERT-like, 1.6 GiB, batch 1 × 512 tokens, weight file cached, no memory budget. The resident and the offloaded models
-take turns, pass by pass, in one process, so that they meet the same spells of the machine; each also runs in a process
-of its own, in turn with accelerate, for the memory of the process.
+BERT-like, 1.6 GiB, batch 1 × 512 tokens, weight file cached, no memory budget. Each pass of an offloaded model is
+paired with one of the resident model next to it, in one process, so that both meet the same spell of the machine; each
+model also runs in a process of its own, in turn with accelerate, for the memory of the process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.rows import memory_line, summarise
 from benchmarks.suite import Conditions, Options, Variant, finish, parse, run_variants, save
 from examples.bert import SIZES, accelerate, checkpoint, chunked_embedding, lazy, resident
 
-PASSES = {"together": 6, "alone": 2}
+PASSES = {"together": 12, "alone": 2}  # "together": pairs of each offloaded model
 CHUNK_SIZE = "4MiB"
 NEEDED_BYTES = int(3.5 * (1 << 30))  # checkpoint and accelerate's folder
 
@@ -67,19 +67,28 @@ def work_alone(variant: str, config: BertConfig, directory: Path) -> dict[str, A
 
 
 def work_together(config: BertConfig, directory: Path) -> dict[str, Any]:
-    """All of pylomin's variants and the resident model in this process, pass by pass."""
+    """All of pylomin's variants in this process, each pass next to one of the resident model, either of them first."""
     models = {name: build(config, directory).eval() for name, build in TOGETHER.items()}
     batch = tokens(config)
-    times_s: dict[str, list[float]] = {name: [] for name in models}
+    offloaded = [name for name in models if name != "resident"]
+    times_s: dict[str, dict[str, list[float]]] = {name: {"resident": [], name: []} for name in offloaded}
     with torch.inference_mode():
         for model in models.values():
             model(batch)
-        for _ in range(PASSES["together"]):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model(batch)
-                times_s[name].append(time.perf_counter() - start)
+        for turn in range(PASSES["together"]):
+            for name in offloaded:
+                for one in ("resident", name) if turn % 2 else (name, "resident"):
+                    start = time.perf_counter()
+                    models[one](batch)
+                    times_s[name][one].append(time.perf_counter() - start)
     return {"times_s": times_s}
+
+
+def paired_times(runs: list[WorkerRun], name: str) -> tuple[list[float], list[float]]:
+    """Seconds of the resident model's passes, and of those of ``name`` next to them."""
+    pairs = [pair for run in runs for of, pair in run.report["times_s"].items() if name in ("resident", of)]
+    resident_s, own_s = ([time_s for pair in pairs for time_s in pair[one]] for one in ("resident", name))
+    return resident_s, own_s
 
 
 def rows(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -91,12 +100,9 @@ def rows(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> li
             continue
         row = summarise(name, runs[name], runs["resident"], {})
         if name in TOGETHER and runs["together"]:
-            times_s = {
-                other: [time_s for run in runs["together"] for time_s in run.report["times_s"][other]]
-                for other in ("resident", name)
-            }
-            row["pass_s"] = asdict(Spread.of(times_s[name]))
-            row["share_of_resident"] = asdict(paired_ratios(times_s["resident"], times_s[name]))
+            resident_s, own_s = paired_times(runs["together"], name)
+            row["pass_s"] = asdict(Spread.of(own_s))
+            row["share_of_resident"] = asdict(paired_ratios(resident_s, own_s))
         row["less_memory"] = runs["resident"][0].report["peak_tensor_bytes"] / row["peak_tensor_bytes"]
         result.append(row)
     return result
@@ -104,7 +110,7 @@ def rows(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> li
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("bert", __doc__, rounds=2, limit_s=240)
+    options = parse("bert", __doc__, rounds=2, limit_s=420)
     config, directory = SIZES[options.size], options.directory("bert")
     if options.worker:
         variant = options.worker["variant"]
@@ -134,7 +140,7 @@ def measure(options: Options, config: BertConfig, directory: Path) -> None:
             "checkpoint_bytes": weights.stat().st_size,
             "file_state": "cached",
             "memory_limit": "none",
-            "passes_in_turn": PASSES["together"] * len(runs["together"]),
+            "pairs_of_passes": PASSES["together"] * len(runs["together"]),
             "cached_read_bytes_per_s": bandwidth,
         }
         lines = {name: memory_line(done[0]) for name, done in runs.items() if name in ALONE and name not in failures}

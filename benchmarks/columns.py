@@ -362,5 +362,5 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 def _how(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     rounds = max((row.get("rounds", 0) for row in rows), default=0) or settings.get("rounds", 0)
-    turns = f", {settings['passes_in_turn']} passes in turn in one process" if "passes_in_turn" in settings else ""
-    return f"Medians of {rounds} rounds in which the rows take turns{turns}; in brackets the smallest and the largest."
+    pairs = f", {settings['pairs_of_passes']} pairs of passes of each" if "pairs_of_passes" in settings else ""
+    return f"Medians of {rounds} rounds in which the rows take turns{pairs}; in brackets the smallest and the largest."
