@@ -110,7 +110,7 @@ def rows(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> li
 
 def main() -> None:
     """Measure and write the result."""
-    options = parse("bert", __doc__, rounds=2, limit_s=420)
+    options = parse("bert", __doc__, rounds=2, limit_s=720)
     config, directory = SIZES[options.size], options.directory("bert")
     if options.worker:
         variant = options.worker["variant"]
