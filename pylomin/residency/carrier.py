@@ -27,7 +27,7 @@ from pylomin.store.extents import read_range
 from pylomin.store.quantized import check_scales
 
 if TYPE_CHECKING:
-    from pylomin.residency.loading import Piece
+    from pylomin.residency.piece import Piece
 
 DEVICE_ALIGNMENT_BYTES = 512  # of each tensor, as torch's own allocator gives: kernels, and so results, depend on it
 LEAST_SLOTS = 2

@@ -19,6 +19,8 @@ from pylomin.residency.carrier import DEVICE_ALIGNMENT_BYTES, Carrier, carrier_t
 from pylomin.residency.device import is_streamed_to
 from pylomin.residency.device_memory import Arrival
 from pylomin.residency.mapped_room import MappedRoom
+from pylomin.residency.piece import Piece
+from pylomin.residency.places import Places
 from pylomin.residency.prefetcher import Prefetcher
 from pylomin.residency.reading import Reading, choose_reading
 from pylomin.residency.recording import Recording
@@ -82,7 +84,7 @@ class Contents:
         self._weights_seen = 0
         self._total_bytes = 0  # if all weights were in memory, each on its own
         self._next_index = itertools.count()
-        self._places: dict[tuple[Key, tuple[int, int] | None], loading.Places] = {}
+        self._places: dict[tuple[Key, tuple[int, int] | None], Places] = {}
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
@@ -169,26 +171,26 @@ class Contents:
         held = [weight for weight in weights if not weight.tiled]
         return Group(whole_bytes, self.places_of(held).resident_bytes + max(tiles_bytes))
 
-    def places_of(self, weights: Sequence[Weight]) -> loading.Places:
+    def places_of(self, weights: Sequence[Weight]) -> Places:
         """Where weights that are loaded together come to lie; remembered, for they will be again."""
         return self._places_of(weights, None)
 
-    def places_of_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> loading.Places:
+    def places_of_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Places:
         """Where runs of the elements of one weight come to lie; remembered of a tile, but not of what is looked up."""
         if len(runs) == 1 and (runs[0][1] - runs[0][0]) * weight.element_bytes >= SMALL_BYTES:
             return self._places_of([weight], runs[0])
-        return self._new_places([loading.Piece.of(weight, runs)])
+        return self._new_places([Piece.of(weight, runs)])
 
-    def _new_places(self, pieces: Sequence[loading.Piece]) -> loading.Places:
+    def _new_places(self, pieces: Sequence[Piece]) -> Places:
         # With a budget weights stay, and what lies around them in huge pages would count twice.
-        return loading.Places(pieces, self.reading.mode, whole_huge=self.memory_budget is None)
+        return Places(pieces, self.reading.mode, whole_huge=self.memory_budget is None)
 
-    def _places_of(self, weights: Sequence[Weight], run: tuple[int, int] | None) -> loading.Places:
+    def _places_of(self, weights: Sequence[Weight], run: tuple[int, int] | None) -> Places:
         key = (tuple([weight.index for weight in weights]), run)
         places = self._places.get(key)
         if places is None or not places.of_weights(weights):
             runs = None if run is None else [run]
-            places = self._new_places([loading.Piece.of(weight, runs) for weight in weights])
+            places = self._new_places([Piece.of(weight, runs) for weight in weights])
             if weights and weights[0].parts:  # where they are decoded from depends on what is in memory now
                 return places
             if len(self._places) > MOST_PLACES + 2 * len(self._weights):
@@ -354,7 +356,7 @@ class Contents:
             self._drop(self.retention.victim(idle))
         return bool(idle)
 
-    def reserve_in_window(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+    def reserve_in_window(self, weights: Sequence[Weight], places: Places) -> loading.Room | None:
         """Memory of the window for what streams now, in the place of what was read ahead in vain; None if it stays."""
         if not self.retention.streams or weights[0].parts or self._stays(weights):
             return None
@@ -365,7 +367,7 @@ class Contents:
                 return room
             self._drop(self.retention.victim(idle))
 
-    def try_reserve_ahead(self, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+    def try_reserve_ahead(self, weights: Sequence[Weight], places: Places) -> loading.Room | None:
         """Memory for what is read ahead: of the window, if it streams; None where there is none now."""
         from_window = self.retention.streams and not self._stays(weights)
         return loading.try_reserve(

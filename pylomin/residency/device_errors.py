@@ -8,7 +8,7 @@ import torch
 
 from pylomin.errors import BudgetError, TraceError
 from pylomin.io.sizes import format_bytes
-from pylomin.residency.loading import Places
+from pylomin.residency.places import Places
 from pylomin.residency.weight import Weight
 
 SPARE_SHARE = 8  # of free memory that is not counted on: it may be in pieces

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from pylomin.io.buffers import BufferPool
-from pylomin.residency.loading import Places, Room
+from pylomin.residency.loading import Room
+from pylomin.residency.places import Places
 
 
 def _references(objects: Sequence[object]) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from pylomin.residency import loading
+from pylomin.residency.places import Places
 from pylomin.residency.trace import Key
 from pylomin.residency.weight import State, Weight
 
@@ -87,7 +88,7 @@ class Prefetcher:
                 job.abandon()
                 raise
 
-    def reserve(self, residency: RunReads, weights: Sequence[Weight], places: loading.Places) -> loading.Room | None:
+    def reserve(self, residency: RunReads, weights: Sequence[Weight], places: Places) -> loading.Room | None:
         """Memory for what :meth:`submit` is given to read; None where there is none now. Under the residency's lock."""
         return _reserve_ahead(residency, weights, places, residency.tiles_bytes)
 
@@ -228,7 +229,7 @@ class RunAhead:
 
 
 def _reserve_ahead(
-    residency: RunReads, weights: Sequence[Weight], places: loading.Places, other_bytes: int
+    residency: RunReads, weights: Sequence[Weight], places: Places, other_bytes: int
 ) -> loading.Room | None:
     """Memory for what is read ahead; None unless ``other_bytes`` stay free beside it."""
     room_bytes = residency.room_ahead_bytes()

@@ -20,6 +20,7 @@ from pylomin.residency import loading
 from pylomin.residency.contents import Loaded
 from pylomin.residency.device_errors import SPARE_SHARE
 from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
+from pylomin.residency.places import Places
 from pylomin.residency.prefetcher import Prefetcher, RunAhead
 from pylomin.residency.readers import Readers
 from pylomin.residency.recording import Measured, Recording
@@ -213,7 +214,7 @@ class Residency(RunReads, Writes):
         self._used(hold, missed)
         return True
 
-    def _device_was_full(self, hold: Hold, places: loading.Places, error: BaseException, *, again: bool) -> bool:
+    def _device_was_full(self, hold: Hold, places: Places, error: BaseException, *, again: bool) -> bool:
         """What loading takes beside the budget did not fit: make room, once."""
         with self.lock:
             claimed, hold.claimed = hold.claimed, []

@@ -13,6 +13,7 @@ from pylomin.residency import loading
 from pylomin.residency.contents import Contents, Loaded
 from pylomin.residency.device_errors import SPARE_SHARE, device_is_full
 from pylomin.residency.mapped_room import MappedRoom
+from pylomin.residency.places import Places
 from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import ResidentParameter, State, Weight, outside_inference_mode
 
@@ -46,7 +47,7 @@ class Rooms(Contents):
     def _find_room(
         self,
         weights: Sequence[Weight],
-        places: loading.Places,
+        places: Places,
         needed: Callable[[], bool],
         thread_id: int,
         waiter: Waiter | None,
@@ -69,7 +70,7 @@ class Rooms(Contents):
             if not self._evict_one():
                 break
         # Pages that are read or mapped whole take a little more than the bytes that are needed of them.
-        exact = loading.Places(places.pieces, "buffered")
+        exact = Places(places.pieces, "buffered")
         room = loading.try_reserve(self.pool, exact, drop_cache=self.reading.mode != "mapped", readers=self.readers)
         if room is not None:
             self._waiting.pop(thread_id, None)
@@ -83,7 +84,7 @@ class Rooms(Contents):
         return None
 
     def _make_room_on_device(
-        self, weights: Sequence[Weight], places: loading.Places, error: BaseException, *, again: bool
+        self, weights: Sequence[Weight], places: Places, error: BaseException, *, again: bool
     ) -> int:
         """Under the lock; see :meth:`leave_device`. Raises DeviceMemoryError where that was not enough before."""
         if again:
@@ -116,7 +117,7 @@ class Rooms(Contents):
                 self.set_budget(lower)
                 self.choices["budget"] = f"lowered from {format_bytes(budget)}, for the device had no memory left"
 
-    def _over_budget(self, weights: Sequence[Weight], places: loading.Places) -> BudgetError:
+    def _over_budget(self, weights: Sequence[Weight], places: Places) -> BudgetError:
         largest = max(weights, key=lambda weight: weight.nbytes)
         needed_bytes = places.peak_bytes
         used_bytes, budget = self.pool.in_use_bytes(), self.memory_budget or 0

@@ -10,6 +10,7 @@ import torch
 
 from pylomin.residency import loading
 from pylomin.residency.device_errors import SPARE_SHARE, capture_error
+from pylomin.residency.places import Places
 from pylomin.residency.rooms import Rooms
 from pylomin.residency.turns import Group, Run, Turns
 from pylomin.residency.waiting import Waiter
@@ -79,7 +80,7 @@ class RunReads(Rooms):
                 waiter.enlist(self._waiters)
             waiter.wait()
 
-    def run_was_read(self, places: loading.Places, read_s: float) -> None:
+    def run_was_read(self, places: Places, read_s: float) -> None:
         with self.lock:
             if places.read_bytes:
                 self._stats.loads += 1

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pylomin.residency import loading
+from pylomin.residency.places import Places
 from pylomin.residency.prefetcher import FORK_CHECK_S, SMALL_GROUP_BYTES, Prefetcher
 from pylomin.residency.weight import State, Weight
 
@@ -70,7 +71,7 @@ class Group:
     def is_there(self) -> bool:
         return all(weight.state is State.RESIDENT for weight in self.weights)
 
-    def places(self) -> loading.Places | None:
+    def places(self) -> Places | None:
         """Of what has to be read; None where nothing can be begun now."""
         if any(weight.state is not State.OFFLOADED or weight.error is not None for weight in self.weights):
             return None
@@ -105,7 +106,7 @@ class Run:
     def is_there(self) -> bool:
         return self.values is not None or self.error is not None
 
-    def places(self) -> loading.Places | None:
+    def places(self) -> Places | None:
         return self.residency.places_of_runs(self.weights[0], self.runs)
 
     def started(self) -> None:

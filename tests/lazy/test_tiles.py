@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import pylomin
 from pylomin.lazy.tensor import OffloadedTensor
-from pylomin.residency import loading
+from pylomin.residency import contents
+from pylomin.residency.places import Places
 
 OUT, IN, ROWS = 53, 37, 7
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
@@ -243,13 +244,13 @@ def test_too_large_weight_is_read_into_private_memory() -> None:
 def test_where_tiles_come_to_lie_is_decided_once_and_again_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
 
-    class Counted(loading.Places):
+    class Counted(Places):
         def __init__(self, *args: Any, **settings: Any) -> None:
             nonlocal made
             made += 1
             super().__init__(*args, **settings)
 
-    monkeypatch.setattr(loading, "Places", Counted)
+    monkeypatch.setattr(contents, "Places", Counted)
     plain, x = random(64, 512), random(3, 512)
     weight = tiled(plain, rows=32)  # tiles of 64 KiB
     assert_near(F.linear(x, weight), F.linear(x, plain))

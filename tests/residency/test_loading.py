@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from pylomin.errors import StoreReadError
 from pylomin.io.buffers import ALIGNMENT_BYTES, BufferPool
 from pylomin.residency import loading
-from pylomin.residency.loading import Piece, Places
+from pylomin.residency.piece import Piece
+from pylomin.residency.places import Places
 from pylomin.residency.residency import Residency
 from pylomin.residency.weight import Layout, Weight
 from pylomin.store.memory import MemoryStore
