@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ from pylomin.residency.writes import Writes
 from pylomin.store.scratch import ScratchDirectory
 
 RESIDENT = State.RESIDENT  # looked up in every forward
+RUNS_AHEAD = 2  # of one weight: with one the disk waits while what was read is taken and the next is asked for
 COMPUTING_SHARE = 4  # of what weights have, so much is left to computing when it found too little
 
 
@@ -274,18 +276,19 @@ class Residency(RunReads, Writes):
     def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
 
-        Where prefetching is on and there is room, the next run is read while this one is used.
+        Where prefetching is on and there is room, the next runs are read while this one is used.
         """
-        ahead: RunAhead | None = None
+        ahead: deque[RunAhead] = deque()
         for i, run in enumerate(runs):
-            values = ahead.values() if ahead is not None else None
+            values = ahead.popleft().values() if ahead else None
             if values is None:
                 values = self.load_runs(weight, [run])
-            ahead = None
-            if i + 1 < len(runs):
-                with self.lock:
-                    if self._prefetcher is not None:
-                        ahead = self._prefetcher.read_run(self, weight, runs[i + 1])
+            with self.lock:
+                for following in runs[i + 1 + len(ahead) : i + 1 + RUNS_AHEAD]:
+                    begun = None if self._prefetcher is None else self._prefetcher.read_run(self, weight, following)
+                    if begun is None:
+                        break
+                    ahead.append(begun)
             yield values
             del values
 
