@@ -128,8 +128,7 @@ def offload(
         owned += [Owned.of(slot.module, weight) for slot in tie.slots]
     budget = residency.memory_budget if memory_budget is None else memory_budget
     groups = offloaded_footprints(model) + footprints(owned)
-    largest_bytes = check_budget(groups, budget)
-    residency.expect(largest_bytes, max(map(smallest_budget, groups), default=0))
+    residency.expect(*check_budget(groups, budget))
     if reading_mode is not None:
         residency.set_reading_mode(reading_mode)
     residency.set_budget(budget)
@@ -373,15 +372,16 @@ def check_mode(reading_mode: object) -> None:
         raise PassError(f"reading_mode is {reading_mode!r}; expected one of {', '.join(map(repr, get_args(Mode)))}.")
 
 
-def check_budget(groups: Sequence[Sequence[Footprint]], memory_budget: int | None) -> int:
-    """The bytes of the largest use. Raises BudgetError, naming it, if the budget can never hold it."""
-    largest = max(groups, key=smallest_budget, default=())
-    needed = smallest_budget(largest)
+def check_budget(groups: Sequence[Sequence[Footprint]], memory_budget: int | None) -> tuple[int, int]:
+    """The bytes of the largest use, and the least budget. Raises BudgetError, naming a weight, if there is less."""
+    budgets = [smallest_budget(group) for group in groups]
+    needed = max(budgets, default=0)
     if memory_budget is not None and needed > memory_budget:
+        largest = groups[budgets.index(needed)]
         name = max(largest, key=lambda weight: weight.lines * weight.stored_bytes).name
         raise BudgetError(
             f"weight '{name}' needs {format_bytes(needed)} resident, but memory_budget is {memory_budget} "
             f"({format_bytes(memory_budget)}). Use memory_budget of at least {needed}, or keep its module in memory, "
             "outside the budget: pylomin.lazy_loading(model, skip_modules=[...])."
         )
-    return max((use_bytes(group, memory_budget) for group in groups), default=0)
+    return max((use_bytes(group, memory_budget) for group in groups), default=0), needed

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -117,8 +117,8 @@ class Source:
         on_unused: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
-        # The store again, if its weights are tensors in memory; asked once, for a protocol check takes 20 µs.
-        self.memory = store if isinstance(store, InMemoryStore) else None
+        # The store again, if its weights are tensors in memory. Of a class, unlike an object, Python remembers the check.
+        self.memory = cast(InMemoryStore, store) if issubclass(type(store), InMemoryStore) else None
         # Where in a file it is, if its store says so: then it is read, or mapped, past the store.
         stored = getattr(store, "weight", _nowhere)(name)
         self.stored: StoredWeight | None = stored if isinstance(stored, StoredWeight) else None
