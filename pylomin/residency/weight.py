@@ -117,7 +117,7 @@ class Source:
         on_unused: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
-        # The store again, if its weights are tensors in memory. Of a class, unlike an object, Python remembers the check.
+        # The store again, if its weights are tensors in memory. Python remembers the check of classes, not of objects.
         self.memory = cast(InMemoryStore, store) if issubclass(type(store), InMemoryStore) else None
         # Where in a file it is, if its store says so: then it is read, or mapped, past the store.
         stored = getattr(store, "weight", _nowhere)(name)
