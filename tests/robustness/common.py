@@ -238,6 +238,10 @@ class FaultyStore:
         self.before_read(names)
         self._tensors.read(requests)
 
+    def has_begun(self, count: int) -> bool:
+        """So many reads, or more."""
+        return len(self.reads) >= count
+
     def close(self) -> None:
         self._tensors.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -118,6 +119,28 @@ def test_an_error_in_the_background_names_what_it_was() -> None:
     store.before_read = fail
     with pytest.raises(pylomin.StoreReadError, match=r"layers\.1\.weight.*the disk is gone"):
         run_in_thread(lambda: forward(model, x))
+
+
+@pytest.mark.parametrize(("tiles_in_budget", "ahead"), [(None, 2), (3, 2), (2, 1)])
+def test_tiles_are_read_while_one_is_used(tiles_in_budget: int | None, ahead: int) -> None:
+    """Two, so that the disk has work while the first of them is taken; as far as there is room."""
+    model = nn.Sequential(nn.Linear(1024, 256, bias=False))
+    plain = model[0].weight.detach().clone()
+    store = FaultyStore({"0.weight": plain})
+    tiles = [(first, first + (64 << 10)) for first in range(0, plain.numel(), 64 << 10)]  # 256 KiB each
+    budget = None if tiles_in_budget is None else tiles_in_budget * (256 << 10)
+    pylomin.prefetch(pylomin.lazy_loading(model, weights=store, memory_budget=budget))
+    (weight,), residency = weights_of(model), only_residency(model)
+    used: list[torch.Tensor] = []
+    for values in residency.stream_runs(weight, tiles):
+        used.append(values.clone())
+        begun = min(len(used) + ahead, len(tiles))
+        assert ends(partial(store.has_begun, begun)), "not read ahead"
+        assert not ends(partial(store.has_begun, begun + 1), 0.05), "too much is read ahead"
+        del values
+    assert torch.equal(torch.cat(used).view_as(plain), plain)
+    assert settled(residency)
+    assert_nothing_held(model)
 
 
 def test_every_background_read_fails() -> None:
