@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pylomin.errors import PassError
 from pylomin.io.modes import Mode
 from pylomin.io.sizes import parse_bytes
+from pylomin.lazy.collector import paused_collector
 from pylomin.lazy.distributed import Sharding, check_distributed, is_distributed, mesh_device
 from pylomin.lazy.offload import Tie, check_mode, find_ties, move_rest, offload, residency_for, slots_of
 from pylomin.lazy.sources import expected_infos, fill_buffers, matched_sources, missing_error
@@ -93,8 +94,11 @@ def load(
         store.expect(expected_infos(model, ties, dtype), cast=dtype is not None)
     sources, missing = matched_sources(ties, store, cast=dtype is not None)
     missing_buffers = fill_buffers(model, store, dtype=dtype)
-    known = set(model.state_dict().keys()) | {name for tie in ties for name in tie.names}
+    known = {name for tie in ties for name in tie.names}
     unexpected = [name for name in store if name not in known]
+    if unexpected:  # or buffers, or what a module says it keeps; making a state dict of many weights takes long
+        others = model.state_dict().keys()
+        unexpected = [name for name in unexpected if name not in others]
     if strict and (missing or missing_buffers or unexpected):
         raise missing_error(missing + missing_buffers, unexpected, store)
     if missing:
@@ -192,6 +196,7 @@ def _replace_while_building(module: nn.Module, name: str, parameter: nn.Paramete
 register_module_parameter_registration_hook(_replace_while_building)  # type: ignore[arg-type]
 
 
+@paused_collector()
 def _ties_of(model: nn.Module, origins: Mapping[nn.Parameter, nn.Parameter]) -> list[Tie]:
     """The weights of the model. What was tied before it was distributed is tied again, if it is sharded alike.
 

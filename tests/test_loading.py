@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from torch.nn.modules import module as torch_module
 import pylomin
 from pylomin.lazy.offload import residencies_of
 from pylomin.lazy.tensor import OffloadedTensor
+from pylomin.residency.weight import Weight
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -677,6 +679,36 @@ def test_nothing_keeps_the_model(model: Net) -> None:
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_paused_but_for_model_fn(
+    path: Path, enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is as it was before, whatever happens."""
+    seen: dict[str, bool] = {}
+
+    def build() -> Net:
+        seen["model_fn"] = gc.isenabled()
+        return Net()
+
+    class Watched(Weight):
+        def __init__(self, *args: Any) -> None:
+            seen["offload"] = gc.isenabled()
+            super().__init__(*args)
+
+    monkeypatch.setattr("pylomin.lazy.offload.Weight", Watched)
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        pylomin.load(build, path)
+        assert seen == {"model_fn": enabled, "offload": False}
+        assert gc.isenabled() == enabled
+        with pytest.raises(pylomin.BudgetError):
+            pylomin.load(build, path, memory_budget=1)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
 
 
 def test_device(model: Net, path: Path) -> None:

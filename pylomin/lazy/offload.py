@@ -14,6 +14,7 @@ from pylomin.errors import BudgetError, PassError
 from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, aligned, block_bytes
 from pylomin.io.modes import Mode
 from pylomin.io.sizes import format_bytes
+from pylomin.lazy.collector import paused_collector
 from pylomin.lazy.distributed import distributed_parameter, is_distributed, local_of
 from pylomin.lazy.module import LazyModule, holds_weights, lazy_class, loads_rows, loads_tiles
 from pylomin.lazy.tensor import OffloadedTensor, as_parameter
@@ -94,6 +95,7 @@ def _identity(parameter: torch.Tensor) -> object:
     return (parameter.untyped_storage()._cdata, *geometry)
 
 
+@paused_collector()
 def offload(
     model: nn.Module,
     ties: Sequence[Tie],

@@ -14,6 +14,7 @@ from torch import nn
 
 from pylomin.errors import PassError, WeightMismatchError, WeightNotFoundError
 from pylomin.io.buffers import aligned
+from pylomin.lazy.collector import paused_collector
 from pylomin.lazy.distributed import is_distributed, selection_of, with_local
 from pylomin.lazy.offload import Tie
 from pylomin.residency.device import device_of, is_streamed_to
@@ -36,6 +37,7 @@ PINNED_CHUNK_BYTES = 256 << 20  # 256 MiB
 PINNED_SPARE_BYTES = 256 << 20  # 256 MiB of the host that are not pinned
 
 
+@paused_collector()
 def matched_sources(ties: Sequence[Tie], store: WeightStore, *, cast: bool = False) -> tuple[list[Source], list[str]]:
     """A source in ``store`` for every weight, and the names that the store lacks.
 

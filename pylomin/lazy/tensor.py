@@ -43,6 +43,7 @@ class OffloadedTensor(torch.Tensor):
     trainable: bool  # the parameter that it stands for, or is a view of, required grad
     pinned: torch.Tensor | None  # values that `data_ptr` gave an address of
     parameter_class: type[nn.Parameter] = nn.Parameter  # of the parameter that it stands for
+    _is_param: bool  # torch looks for it
     chunk_rows: int | None = None  # rows of a lookup to hold at one time; see `chunked_embedding`
 
     @staticmethod
@@ -275,12 +276,11 @@ def private_values(weight: Weight) -> torch.Tensor:
 
 
 def as_parameter(tensor: OffloadedTensor, *, trainable: bool = False) -> OffloadedTensor:
-    """``tensor`` as it sits in ``module._parameters``: ``isinstance(…, nn.Parameter)`` is true of it."""
-    with torch.inference_mode(False):
-        parameter: OffloadedTensor = nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
-    parameter.trainable = trainable
-    parameter.weight.transient = False
-    return parameter
+    """``tensor``, made just now, as it is in ``module._parameters``: ``isinstance(…, nn.Parameter)`` is true of it."""
+    tensor._is_param = True  # as nn.Parameter() does it for a subclass, to a view, which takes longer
+    tensor.trainable = trainable
+    tensor.weight.transient = False
+    return tensor
 
 
 @not_compiled
