@@ -34,7 +34,7 @@ def plan(
 ) -> None:
     """Show what a memory budget means: what stays in memory, what streams, the peak and the speed to expect.
 
-    A directory of a transformers model is opened and run twice, so that order and speeds are measured. Of weights
+    A directory of a transformers model is opened and run three times, so that order and speeds are measured. Of weights
     alone, the order is that of the file, a group is what a module owns by its name, and the time is that of reading.
     Exits 1 if the budget is too small.
     """

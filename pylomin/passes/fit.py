@@ -58,9 +58,9 @@ def fit(
         memory_budget: ceiling on weights that are in memory at one time, as in :func:`pylomin.lazy_loading`. Default:
             what the container or the machine, or the device that is computed on, has free, less a fifth (at least
             256 MiB) for everything else.
-        args: example inputs. With them the model is run twice, so that the order in which weights are used, the time
-            that computing takes and the speed of the disk are measured, not assumed, and the plan can predict the time
-            of a pass.
+        args: example inputs. With them the model is run three times, so that the order in which weights are used, the
+            time that computing takes and the speed of the disk are measured, not assumed, and the plan can predict the
+            time of a pass.
         kwargs: keyword arguments of the example.
         weights, device, output_dir, reading_mode: as in :func:`pylomin.lazy_loading`, for what is not offloaded yet.
         storage: as there. Default: for a device such as ``"cuda"``, host memory where the weights fit into what the
@@ -187,8 +187,11 @@ def _order_of_definition(model: nn.Module, residency: Residency) -> list[Key]:
 
 
 def _measure(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run twice: the first pass warms up and shows the order, the second is timed."""
-    for _ in range(2):
+    """Run three times: the first pass shows the order, the second settles, and the third is timed.
+
+    In the second, memory is read into for the first time, and what was read by the former plan leaves.
+    """
+    for is_planned in (True, False, True):
         residencies = residencies_of(model)
         for residency in residencies:
             residency.start_recording()
@@ -198,7 +201,7 @@ def _measure(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         finally:
             recorded = [(residency, residency.stop_recording()) for residency in residencies]
         for residency, measured in recorded:
-            if measured is not None:
+            if measured is not None and is_planned:
                 residency.adopt(measured.order, measured)
                 residency.load_residents()
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pylomin.residency.simulation import Costs
-from pylomin.residency.stats import Stats
 from pylomin.residency.trace import Key
 
 UNKNOWN_COSTS = Costs(bandwidth_bytes_per_s=2e9)  # where nothing was read
@@ -17,23 +16,35 @@ UNKNOWN_COSTS = Costs(bandwidth_bytes_per_s=2e9)  # where nothing was read
 class Recording:
     """Filled while it is recorded; see :meth:`Residency.start_recording`."""
 
-    before: Stats
     uses: list[tuple[Key, float, float]] = field(default_factory=list)  # group, time, stall so far
+    reads: list[tuple[float, float, int]] = field(default_factory=list)  # begin, end, bytes
 
     def use(self, key: Key, stall_s: float) -> None:
         """``key`` is used now, and its bytes are there."""
         self.uses.append((key, time.perf_counter(), stall_s))
 
-    def measured(self, after: Stats) -> Measured:
-        """What the uses so far took; the last one ends now."""
-        ends = [*self.uses[1:], (None, time.perf_counter(), after.stall_s)]
+    def read(self, nbytes: int, read_s: float) -> None:
+        """So many bytes (> 0) were read, until now."""
+        now = time.perf_counter()
+        self.reads.append((now - read_s, now, nbytes))
+
+    def measured(self, stall_s: float) -> Measured:
+        """What the uses so far took; the last one ends now, with this stall."""
+        ends = [*self.uses[1:], (None, time.perf_counter(), stall_s)]
         compute_s = [
             max(0.0, (end - start) - (stalled_then - stalled))
             for (_, start, stalled), (_, end, stalled_then) in zip(self.uses, ends, strict=True)
         ]
-        read_bytes, read_s = after.bytes_read - self.before.bytes_read, after.read_s - self.before.read_s
-        costs = Costs(read_bytes / read_s) if read_bytes and read_s > 0 else UNKNOWN_COSTS
+        costs = Costs(self._bandwidth()) if self.reads else UNKNOWN_COSTS
         return Measured(tuple(key for key, _, _ in self.uses), compute_s, costs)
+
+    def _bandwidth(self) -> float:
+        """Of the time in which anything was read: two reads at one time share the disk."""
+        busy_s, busy_until = 0.0, 0.0
+        for begin, end, _ in sorted(self.reads):
+            busy_s += max(0.0, end - max(begin, busy_until))
+            busy_until = max(busy_until, end)
+        return sum(nbytes for _, _, nbytes in self.reads) / max(busy_s, 1e-9)
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,13 +103,13 @@ class Residency(RunReads, Writes):
     def start_recording(self) -> None:
         """Record uses, of all threads, until :meth:`stop_recording`."""
         with self.lock:
-            self._recording, self._settled = Recording(self.stats()), False
+            self._recording, self._settled = Recording(), False
 
     def stop_recording(self) -> Measured | None:
         """What was recorded; None if nothing was used."""
         with self.lock:
             recording, self._recording = self._recording, None
-            return recording.measured(self._stats) if recording is not None and recording.uses else None
+            return recording.measured(self._stats.stall_s) if recording is not None and recording.uses else None
 
     def adopt(self, order: Sequence[Key], measured: Measured | None = None) -> None:
         """Plan for uses in this order, before they are seen."""

@@ -170,10 +170,15 @@ class Rooms(Contents):
             self._unpacked_bytes += loaded.nbytes
         else:
             self._largest_bytes = max(self._largest_bytes, places.peak_bytes)
-        if places.read_bytes:
-            self._stats.bytes_read += places.read_bytes
-            self._stats.read_s += read_s
+        self._count_read(places.read_bytes, read_s)
         self._wake()
+
+    def _count_read(self, nbytes: int, read_s: float) -> None:
+        if nbytes:
+            self._stats.bytes_read += nbytes
+            self._stats.read_s += read_s
+            if self._recording is not None:
+                self._recording.read(nbytes, read_s)
 
     def load_failed(self, weights: Iterable[Weight]) -> None:
         for weight in weights:

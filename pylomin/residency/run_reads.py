@@ -82,10 +82,8 @@ class RunReads(Rooms):
 
     def run_was_read(self, places: Places, read_s: float) -> None:
         with self.lock:
-            if places.read_bytes:
-                self._stats.loads += 1
-                self._stats.bytes_read += places.read_bytes
-                self._stats.read_s += read_s
+            self._stats.loads += places.read_bytes > 0
+            self._count_read(places.read_bytes, read_s)
 
     def waited(self, seconds: float) -> None:
         """Of a forward, for a run that is read in the background."""
