@@ -56,7 +56,7 @@ def work(variant: str, memory_budget: int, config: LlamaConfig, directory: Path)
 
 def main() -> None:
     """Measure and write the result."""
-    run_benchmark("fit", __doc__, work, measure, rounds=2, limit_s=180)
+    run_benchmark("fit", __doc__, work, measure, rounds=3, limit_s=300)
 
 
 def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
