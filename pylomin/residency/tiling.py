@@ -11,8 +11,8 @@ PACKED_TIMES = 8
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
 LARGE_TILE_BYTES = 16 << 20  # 16 MiB; where all processors compute, a read takes long to start
 LARGE_TIMES = 16  # a tile is larger than ``TILE_BYTES`` where it fits so often into the budget
-ALONE_TIMES = 4  # a weight so many times the budget streams for long, and what is used next can wait for its room:
-ALONE_LARGE_TIMES = 6  # its tiles are as large as fits so often, so that three of them take half
+ALONE_TIMES = 4  # a weight of so many budgets streams for long: what is used after it can wait for room
+ALONE_LARGE_TIMES = 6  # ``LARGE_TIMES`` of such a weight: three tiles, of which two are read ahead, take half
 
 
 def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
@@ -45,7 +45,8 @@ def lines_per_tile(
     Args:
         wanted: as many as the user asked for.
         memory_budget: what does not fit ``times`` is tiled, so that there is room for it and for what comes next. One
-            tile takes at most a quarter: there are two, one in use and one on its way, beside what is held.
+            tile takes at most a quarter: there is one in use and one on its way, beside what is held; a second is read
+            ahead where there is room.
     """
     if wanted is None or wanted >= count:
         if fits(count * line_bytes, memory_budget, times):

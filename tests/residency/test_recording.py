@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pylomin.residency import recording
@@ -10,7 +12,7 @@ from pylomin.residency.recording import Recording
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, as its last element."""
     now = [0.0]
-    monkeypatch.setattr(recording.time, "perf_counter", lambda: now[-1])
+    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
     return now
 
 
