@@ -1,41 +1,46 @@
 """Linears that multiply by int8 codes as they are, where the processor has instructions for that.
 
-A float32 input is written as three digits of 8 bits, base 254, below its largest magnitude. ``torch._int_mm``
+A float32 input is written as three digits of 8 bits, base 256, below its largest magnitude. ``torch._int_mm``
 multiplies them by the codes exactly, in int32; the products are put together in float32, and scaled. That is closer to
-the exact result than a float32 product with the decoded weight is (relative error 1.7e-7 against 4e-7), reads a fourth
+the exact result than a float32 product with the decoded weight is (relative error 1.6e-7 against 4e-7), reads a fourth
 of the bytes, and decodes nothing. (The idea is that of Ozaki et al. 2012, "Error-free transformations of matrix
 multiplication by using fast routines of matrix multiplication".)
 
-Where neighbours in a row share a scale (scheme ``"int8"``), each group of columns is a product of its own: four of them
-at a time, by digits that are zero outside of their group. It pays for few rows of input. On a weight of 5632 x 2048, on
-two cores of an AMD EPYC with VNNI, one row took 0.7 ms with a scale for each row of the weight (``"int8-row"``), 1.3 ms
-with one for 64 neighbours; decoding and a float32 product 4.5 ms, and a float32 product alone 2.1 ms. oneDNN packs the
-codes for each product with more than one row; for one row of input and a scale for each row of the weight, the three
-digits are multiplied one by one instead, while some of the codes are in the processor's cache: half of the time.
+Where neighbours in a row share a scale (scheme ``"int8"``), each group of columns is a product of its own: four of
+them at a time, by digits that are zero outside of their group. The codes are the left factor, which oneDNN reads as
+it lies; it would pack them anew as the right one. It pays for few rows of input. On a weight of 5632 x 2048, not in
+any cache, on two cores of an AMD EPYC with VNNI, one row took 0.9 ms with a scale for each row of the weight
+(``"int8-row"``), 1.9 ms with one for 64 neighbours; decoding and a float32 product 7 ms, and a float32 product alone
+2.5 ms. For one row of input and a scale for each row of the weight, the three digits are multiplied one by one, while
+some of the codes are in the processor's cache.
 
 Where inputs are bfloat16, or ``torch.set_float32_matmul_precision("medium")`` allows float32 to be rounded to it, and
-there is one scale for each row, ``torch._weight_int8pack_mm`` does the same in 0.4 ms.
+there is one scale for each row, ``torch._weight_int8pack_mm`` does the same in 0.6 ms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from pylomin.io.buffers import aligned
 from pylomin.residency.weight import ResidentParameter, Weight, used_from
 
-MOST_ROWS = {"int8-row": 32, "int8": 8}  # with more, decoding and a float32 product were nearly as fast
+MOST_ROWS = {"int8-row": 32, "int8": 6}  # with more, decoding and a float32 product were nearly as fast
 MOST_COLUMNS = 1 << 17  # more products of codes and digits could overflow int32
-GROUPS_TOGETHER = 4  # in one product; with more, more is multiplied by zeros, with fewer there are more products
+LANES = 4  # numbers that are multiplied together: 16 digits, which a register holds products of
 WHOLE_COLUMNS = 64  # torch's kernel for bfloat16 reads beyond the end of rows that are no multiple of 16
 PRODUCTS_BYTES = 2 << 20  # 2 MiB of products by group at one time, which stay in the processor's cache
 CODES_BYTES = 4 << 20  # 4 MiB of codes that are multiplied by one digit after the other, and stay there meanwhile
 DIGITS = 3
-LARGEST = 127
+BASE = 256
+LARGEST = 0x7F7F7F  # all digits are 127
+HALVES = 0x808080
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -106,30 +111,17 @@ def _multiply(
             rounded.add_(bias)
         return rounded.view(*x.shape[:-1], out)
     rows = x.reshape(-1, columns).to(torch.float32)
-    largest = rows.abs().amax(1, keepdim=True)
-    if not bool(torch.isfinite(largest).all()):
+    largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
+    if not math.isfinite(largest.amax().item()):
         return None
-    steps, scales = largest / LARGEST, scales.detach().view(out, -1)
-    digits, groups = _digits(rows, steps), scales.shape[1]
-    result = torch.empty(len(rows), out)
-    for some in _slices(out, digits, groups):
-        of_groups = scales[some].t().unsqueeze(1).to(torch.float32, memory_format=torch.contiguous_format)
-        torch.sum(_group_products(digits, codes[some], groups).mul_(of_groups), 0, out=result[:, some])
-    result.mul_(steps)
+    largest.clamp_min_(torch.finfo(torch.float32).tiny)
+    digits, scales = _digits(rows, largest), scales.detach().view(out, -1)
+    multiply = _digit_by_digit if len(rows) == scales.shape[1] == 1 else _all_digits
+    result = multiply(digits, codes, scales)
+    result.mul_(largest.mul_(BASE ** (DIGITS - 1) / LARGEST))
     if bias is not None:
         result.add_(bias)
     return result.to(x.dtype).view(*x.shape[:-1], out)
-
-
-def _slices(out: int, digits: torch.Tensor, groups: int) -> Iterator[slice]:
-    """Rows of the weight that are multiplied together, as many as stay in the processor's cache."""
-    _, rows, columns = digits.shape
-    step = out
-    if groups > 1:
-        step = max(1, PRODUCTS_BYTES // (digits.nbytes // columns * 4 * groups))
-    elif rows == 1:
-        step = max(1, CODES_BYTES // columns)
-    return (slice(first, first + step) for first in range(0, out, step))
 
 
 def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
@@ -144,40 +136,56 @@ def _multiplies_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()) and hasattr(torch, "_weight_int8pack_mm")
 
 
-def _digits(rows: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Of shape (digits, *rows.shape), the most significant first, each from -127 to 127."""
-    rest = rows / steps.masked_fill(steps == 0, 1)
-    digits = torch.empty(DIGITS, *rows.shape, dtype=torch.int8)
-    for digit in digits:
-        rounded = rest.round().clamp_(-LARGEST, LARGEST)
-        digit.copy_(rounded)
-        rest = rest.sub_(rounded).mul_(2 * LARGEST)
-    return digits
+def _digits(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """``rows`` as multiples of ``largest / LARGEST``, int32, whose bytes are the digits, from -128 to 127.
 
-
-def _group_products(digits: torch.Tensor, codes: torch.Tensor, groups: int) -> torch.Tensor:
-    """For each of the groups of columns, the numbers that are written in ``digits`` times the codes.
-
-    Of shape (groups, rows, out), float32, as multiples of the steps of the rows.
+    The least significant byte first; that after the most significant digit is zero.
     """
-    count, rows, columns = digits.shape
-    size = columns // groups
-    together = next(k for k in range(GROUPS_TOGETHER, 0, -1) if groups % k == 0)
-    blocks, width = groups // together, together * size
+    numbers = (rows / largest).mul_(LARGEST).round_().to(torch.int32)
+    # A byte of the sum is a digit plus 128; with its highest bit inverted, it is the digit as int8.
+    return numbers.add_(HALVES).bitwise_xor_(HALVES)
+
+
+def _all_digits(digits: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The numbers that are written in ``digits``, of shape (rows, in), times the transpose of the weight."""
+    (rows, columns), (out, groups) = digits.shape, scales.shape
+    together = math.gcd(groups, LANES)
+    blocks, size, padded = groups // together, columns // groups, aligned(rows, LANES // together)
     # For each block of columns and each group in it, the digits of this group; zero in the other columns.
-    apart = torch.zeros(blocks, count * rows, together, together, size, dtype=torch.int8)
-    apart.diagonal(0, 2, 3).copy_(digits.view(count * rows, blocks, together, size).permute(1, 0, 3, 2))
-    apart = apart.view(blocks, count * rows * together, width)
-    products = torch.empty(blocks, count * rows * together, len(codes), dtype=torch.int32)
-    for block in range(blocks):
-        of_block = codes[:, block * width : (block + 1) * width].t()
-        if groups == rows == 1:  # codes are multiplied as they lie; for more rows than one they are packed anew
-            for digit, product in zip(apart[block].unbind(), products[block].unbind(), strict=True):
-                torch._int_mm(digit.unsqueeze(0), of_block, out=product.unsqueeze(0))
-        else:
-            torch._int_mm(apart[block], of_block, out=products[block])
-    of_digits = products.view(blocks, count, rows, together, len(codes)).unbind(1)
-    sums = of_digits[-1].to(torch.float32)
-    for of_digit in reversed(of_digits[:-1]):
-        sums = sums.div_(2 * LARGEST).add_(of_digit)
-    return sums.permute(0, 2, 1, 3).reshape(groups, rows, len(codes))
+    apart = torch.zeros(blocks, together, size, padded, together, dtype=torch.int32)
+    apart[:, :, :, :rows].diagonal(0, 1, 4).copy_(digits.view(rows, blocks, together, size).permute(1, 3, 0, 2))
+    factors = apart.view(torch.int8).view(blocks, together * size, -1)
+    slices = -(-4 * blocks * out * factors.shape[2] // PRODUCTS_BYTES)
+    step = -(-out // slices)
+    products = torch.empty(blocks, step, factors.shape[2], dtype=torch.int32)
+    of_digits = torch.empty(blocks, step, padded, together, digits.element_size())
+    numbers = torch.empty(rows, step, groups)
+    result = torch.empty(rows, out)
+    for some in (slice(first, min(first + step, out)) for first in range(0, out, step)):
+        in_step = slice(some.stop - some.start)
+        of_blocks = codes[some].split(together * size, 1)
+        for block, factor, product in zip(of_blocks, factors.unbind(), products[:, in_step].unbind(), strict=True):
+            torch._int_mm(block, factor, out=product)
+        of_digits.view_as(products)[:, in_step].copy_(products[:, in_step])
+        into = numbers.view(rows, step, blocks, together)[:, in_step].permute(2, 1, 0, 3)
+        _number(of_digits[:, in_step, :rows], out=into)
+        for of_row, sums in zip(numbers[:, in_step], result[:, some], strict=True):
+            torch.sum(of_row.mul_(scales[some]), 1, out=sums)
+    return result
+
+
+def _digit_by_digit(digits: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The same for one row and one group. Some codes at a time, which stay in the processor's cache meanwhile."""
+    factors = digits.view(torch.int8).view(-1, digits.element_size()).t().contiguous()[:DIGITS].unsqueeze(2)
+    products = torch.empty(DIGITS, len(codes), 1, dtype=torch.int32)
+    step = max(1, CODES_BYTES // codes.shape[1])
+    for first in range(0, len(codes), step):
+        for factor, product in zip(factors.unbind(), products.unbind(), strict=True):
+            torch._int_mm(codes[first : first + step], factor, out=product[first : first + step])
+    return _number(products.to(torch.float32).permute(1, 2, 0)).mul_(scales).t()
+
+
+def _number(digits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What is written in the last dimension, the least significant digit first, in units of the most significant."""
+    low, middle, high = digits.unbind(-1)[:DIGITS]
+    return torch.add(high, torch.add(middle, low, alpha=1 / BASE), alpha=1 / BASE, out=out)
