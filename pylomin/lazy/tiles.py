@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pylomin.lazy.tensor import RULES, OffloadedTensor, aten, run_loaded
-from pylomin.residency.tiling import lines_of, lines_per_tile, times_to_fit
+from pylomin.residency.tiling import lines_of, lines_per_tile, tiles_of, times_to_fit
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -112,10 +112,8 @@ def _tiles(matrix: OffloadedTensor) -> Iterator[tuple[int, int, tuple[int, int]]
     """First line, last (exclusive), and the run of elements of the weight that they lie in."""
     dim = line_dim(matrix)
     count, step = matrix.shape[dim], matrix.stride(dim)
-    lines = lines_of_tile(matrix) or count
     start, extent = int(matrix.storage_offset()), _line_numel(matrix)
-    for first in range(0, count, lines):
-        last = min(first + lines, count)
+    for first, last in tiles_of(count, lines_of_tile(matrix), matrix.weight.tile_rows):
         yield first, last, (start + first * step, start + (last - 1) * step + extent)
 
 

@@ -21,7 +21,7 @@ from pylomin.residency.device_memory import Arrival
 from pylomin.residency.mapped_room import MappedRoom
 from pylomin.residency.piece import Piece
 from pylomin.residency.places import Places
-from pylomin.residency.prefetcher import Prefetcher
+from pylomin.residency.prefetcher import Prefetcher, TilesAhead
 from pylomin.residency.reading import Reading, choose_reading
 from pylomin.residency.recording import Recording
 from pylomin.residency.retention import Retention
@@ -88,6 +88,7 @@ class Contents:
         self._prefetcher: Prefetcher | None = None
         self._in_memory: dict[Loaded, None] = {}  # oldest first
         self._ahead: dict[Loaded, None] = {}  # of these, what was read ahead and not used yet
+        self._tiles_ahead: TilesAhead | None = None  # the first tiles of the weight that is used next
         self._uses = 0
         self._settled = False  # all that is used stays: nothing to predict, and nothing to read
         self._kept_bytes = 0
@@ -351,6 +352,9 @@ class Contents:
                 self._drop(loaded)
 
     def _evict_one(self) -> bool:
+        if self._tiles_ahead is not None:  # what is being read leaves when it is there
+            self._tiles_ahead = None
+            return True
         idle = [loaded for loaded in self._in_memory if not self._is_held(loaded)]
         if idle:
             self._drop(self.retention.victim(idle))
@@ -379,9 +383,12 @@ class Contents:
 
     def drop_ahead(self, wanted: Collection[Key]) -> None:
         """What was read ahead and is not used soon after all leaves."""
-        if not self._ahead:
+        tiles = self._tiles_ahead
+        if not self._ahead and tiles is None:
             return
         members = {index for key in wanted for index in key}
+        if tiles is not None and tiles.index not in members:
+            self._tiles_ahead = None
         for loaded in [loaded for loaded in self._ahead if members.isdisjoint(loaded.members)]:
             self._drop(loaded)
 

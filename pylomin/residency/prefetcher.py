@@ -17,7 +17,7 @@ import torch
 from pylomin.residency import loading
 from pylomin.residency.places import Places
 from pylomin.residency.trace import Key
-from pylomin.residency.weight import State, Weight
+from pylomin.residency.weight import Source, State, Weight
 
 if TYPE_CHECKING:
     from pylomin.residency.run_reads import RunReads
@@ -47,7 +47,7 @@ class Prefetcher:
     def __init__(self, depth: int | None) -> None:
         self.fixed_depth = depth
         self.depth = depth or 1
-        self._jobs: set[_Job] = set()  # given to the thread, and neither finished nor abandoned
+        self._jobs: set[Job] = set()  # given to the thread, and neither finished nor abandoned
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -60,15 +60,19 @@ class Prefetcher:
         if self._thread is not None:
             _end(self._queue, self._thread, os.getpid())
 
-    def schedule(self, residency: RunReads) -> None:
+    def schedule(self, residency: RunReads, *, last_tile: bool = False) -> None:
         """Start reading what is used next. Under the residency's lock.
 
         Never takes memory from what is needed now: what finds no room is read when it is used.
+
+        Args:
+            last_tile: no more tiles of what is used now are to be read.
         """
         if residency.reads_inline:
             return
-        wanted = self._wanted(residency)
-        residency.drop_ahead([*wanted, *islice(residency.retention.ahead(), 1)])  # the next may be a small one
+        wanted, retention = self._wanted(residency, last_tile), residency.retention
+        # The next may be a small one; and tiles of what is used now are used soon.
+        residency.drop_ahead([*wanted, *islice(retention.ahead(), 1), retention.now()])
         for weights, tiles_bytes in wanted.values():
             missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
             if not missing:
@@ -108,17 +112,18 @@ class Prefetcher:
         room = _reserve_ahead(residency, [weight], places, 0)
         if room is None:
             return None
-        ahead = RunAhead(residency, room)
+        ahead = RunAhead(self._jobs, residency, room)
+        self._jobs.add(ahead)
         if places.is_pinned:
             ahead.run()
             return ahead
         self.submit(ahead)
         return ahead
 
-    def _wanted(self, residency: RunReads) -> dict[Key, tuple[list[Weight], int]]:
+    def _wanted(self, residency: RunReads, last_tile: bool) -> dict[Key, tuple[list[Weight], int]]:
         """What to read ahead of each group, and the bytes to leave free for tiles that are used until then."""
         retention = residency.retention
-        now = residency.weights_of(retention.now()) if residency.tiles_bytes else ()
+        now = residency.weights_of(retention.now()) if residency.tiles_bytes and not last_tile else ()
         tiles_bytes = residency.tiles_bytes if any(weight.tiled for weight in now) else 0
         # A device copies in the order of requests: what is not requested ahead comes after all that is.
         least_bytes = 1 if residency.carriers else SMALL_GROUP_BYTES
@@ -149,7 +154,7 @@ class Prefetcher:
 class _Job:
     """One background read."""
 
-    under_way: set[_Job]  # of its prefetcher; this is in it until it has finished or was abandoned
+    under_way: set[Job]  # of its prefetcher; this is in it until it has finished or was abandoned
     residency: RunReads
     weights: Sequence[Weight]
     room: loading.Room
@@ -187,8 +192,9 @@ class _Job:
 class RunAhead:
     """One run of a weight that is read in the background, for one caller."""
 
-    def __init__(self, residency: RunReads, room: loading.Room) -> None:
-        self._residency = residency
+    def __init__(self, under_way: set[Job], residency: RunReads, room: loading.Room) -> None:
+        self._under_way = under_way
+        self._residency: RunReads | None = residency  # until it has been read; the residency may keep this object
         self._room = room
         self._pid = os.getpid()
         self._tensor: torch.Tensor | None = None
@@ -197,17 +203,21 @@ class RunAhead:
         self._done.acquire()
 
     def run(self) -> None:
-        started = time.perf_counter()
+        residency, self._residency = self._residency, None
+        assert residency is not None
+        started, read_s = time.perf_counter(), None
         try:
             self._tensor = self._room.load()[0]
+            read_s = time.perf_counter() - started
         except BaseException as error:  # for the caller
             self._error = error.with_traceback(None)
-        else:
-            self._residency.run_was_read(self._room.places, time.perf_counter() - started)
         finally:
+            with residency.lock:
+                self._under_way.discard(self)
+                residency.run_ended(self._room.places, read_s)
             self._done.release()
 
-    def values(self) -> torch.Tensor | None:
+    def values(self, residency: RunReads) -> torch.Tensor | None:
         """The elements, waited for; None where they have to be read again. Called once.
 
         So it is in a forked child, where nobody reads, and where the device had no memory left.
@@ -218,7 +228,7 @@ class RunAhead:
         while not self._done.acquire(timeout=FORK_CHECK_S):
             if os.getpid() != self._pid:
                 return None
-        self._residency.waited(time.perf_counter() - started)
+        residency.waited(time.perf_counter() - started)
         if isinstance(self._error, torch.cuda.OutOfMemoryError):  # of what converting takes; to be tried again
             return None
         if self._error is not None:
@@ -226,6 +236,21 @@ class RunAhead:
         self._room.use()
         tensor, self._tensor = self._tensor, None
         return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TilesAhead:
+    """The first tiles of a weight, begun before somebody asks for them."""
+
+    index: int  # of the weight
+    source: Source  # from which they are read: what is written to the weight goes elsewhere
+    runs: tuple[tuple[int, int], ...]
+    begun: list[RunAhead]
+
+    def are_of(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> bool:
+        """Whether they are what ``weight`` is used by, if that begins with ``runs``."""
+        is_same = self.index == weight.index and self.source is weight.source
+        return is_same and self.runs == tuple(runs[: len(self.runs)])
 
 
 def _reserve_ahead(

@@ -7,8 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +21,7 @@ from pylomin.residency.contents import Loaded
 from pylomin.residency.device_errors import SPARE_SHARE
 from pylomin.residency.hold import DeviceHold, Hold, UnpackingHold
 from pylomin.residency.places import Places
-from pylomin.residency.prefetcher import Prefetcher, RunAhead
+from pylomin.residency.prefetcher import Prefetcher
 from pylomin.residency.readers import Readers
 from pylomin.residency.recording import Measured, Recording
 from pylomin.residency.run_reads import RunReads
@@ -36,7 +35,6 @@ from pylomin.residency.writes import Writes
 from pylomin.store.scratch import ScratchDirectory
 
 RESIDENT = State.RESIDENT  # looked up in every forward
-RUNS_AHEAD = 2  # of one weight: with one the disk waits while what was read is taken and the next is asked for
 COMPUTING_SHARE = 4  # of what weights have, so much is left to computing when it found too little
 
 
@@ -266,32 +264,6 @@ class Residency(RunReads, Writes):
             assert weight.tensor is not None
             return weight.tensor.detach().clone(memory_format=torch.preserve_format)
 
-    def load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
-        if weight.parts and self.keeps_all:  # the packed bytes stay, and only what is needed is decoded
-            with self.hold(weight.parts):
-                return self._load_runs(weight, runs)
-        return self._load_runs(weight, runs)
-
-    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
-        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
-
-        Where prefetching is on and there is room, the next runs are read while this one is used.
-        """
-        ahead: deque[RunAhead] = deque()
-        for i, run in enumerate(runs):
-            values = ahead.popleft().values() if ahead else None
-            if values is None:
-                values = self.load_runs(weight, [run])
-            with self.lock:
-                for following in runs[i + 1 + len(ahead) : i + 1 + RUNS_AHEAD]:
-                    begun = None if self._prefetcher is None else self._prefetcher.read_run(self, weight, following)
-                    if begun is None:
-                        break
-                    ahead.append(begun)
-            yield values
-            del values
-
     def take_over(self, weight: Weight, values: torch.Tensor) -> Weight:
         """A new weight in the place of ``weight``, with the values, and the shape and dtype, of a tensor."""
         layout = dense_layout(values)
@@ -389,7 +361,7 @@ class Residency(RunReads, Writes):
     def _reset_after_fork(self) -> None:
         """In a forked child: threads other than this one, and what they were doing, do not exist."""
         self.lock = threading.RLock()
-        self._waiters, self._waiting, self.turns = [], {}, None
+        self._waiters, self._waiting, self.turns, self._tiles_ahead = [], {}, None, None
         self._overlay.reset_after_fork()
         self._prefetcher = Prefetcher(self._prefetcher.fixed_depth) if self._prefetcher is not None else None
         self.readers = Readers(self.readers.count)

@@ -4,21 +4,87 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from pylomin.residency import loading
 from pylomin.residency.device_errors import SPARE_SHARE, capture_error
 from pylomin.residency.places import Places
+from pylomin.residency.prefetcher import RunAhead, TilesAhead
 from pylomin.residency.rooms import Rooms
+from pylomin.residency.tiling import runs_of_tiles
 from pylomin.residency.turns import Group, Run, Turns
 from pylomin.residency.waiting import Waiter
-from pylomin.residency.weight import Weight
+from pylomin.residency.weight import Weight, used_from
+
+RUNS_AHEAD = 2  # of one weight: with one the disk waits while what was read is taken and the next is asked for
 
 
 class RunReads(Rooms):
     """Reads runs, none of which stays."""
+
+    @abstractmethod
+    def hold(self, weights: Sequence[Weight], group: Sequence[Weight] | None = None) -> AbstractContextManager[None]:
+        """``with residency.hold(weights):`` they are resident inside the block."""
+
+    def load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Runs ``(first, last exclusive)`` of elements, counted as they lie in memory, in one 1-D tensor."""
+        if weight.parts and self.keeps_all:  # the packed bytes stay, and only what is needed is decoded
+            with self.hold(weight.parts):
+                return self._load_runs(weight, runs)
+        return self._load_runs(weight, runs)
+
+    def stream_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor]:
+        """Each run (first, last exclusive) of elements in turn, as a 1-D tensor; drop it before asking for the next.
+
+        Where prefetching is on and there is room, the next runs are read while this one is used, and after the last of
+        them what is used after this weight.
+        """
+        with self.lock:
+            ahead, self._tiles_ahead = deque(self._begun(weight, runs)), None
+        for i, run in enumerate(runs):
+            values = ahead.popleft().values(self) if ahead else None
+            if values is None:
+                values = self.load_runs(weight, [run])
+            with self.lock:
+                ahead += self._read_ahead(weight, runs[i + 1 + len(ahead) : i + 1 + RUNS_AHEAD])
+                if i + 1 + len(ahead) == len(runs):
+                    self._read_after(weight)
+            yield values
+            del values
+
+    def _begun(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> list[RunAhead]:
+        tiles = self._tiles_ahead
+        return tiles.begun if tiles is not None and tiles.are_of(weight, runs) else []
+
+    def _read_ahead(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> list[RunAhead]:
+        begun: list[RunAhead] = []
+        prefetcher = self._prefetcher
+        if prefetcher is None:
+            return begun
+        for run in runs:
+            ahead = prefetcher.read_run(self, weight, run)
+            if ahead is None:
+                break
+            begun.append(ahead)
+        return begun
+
+    def _read_after(self, weight: Weight) -> None:
+        """Under the lock: all tiles of ``weight`` are on their way; begin what is used next."""
+        now = self.retention.now()
+        if self.turns is not None or not any(part.index in now for part in used_from([weight])):
+            return
+        following = self.weights_of(next(self.retention.ahead(), ()))
+        tiled = next((other for other in following if other.tiled and not other.is_part), None)
+        if tiled is not None and self._tiles_ahead is None and not self.carriers:
+            runs = runs_of_tiles(tiled, self.memory_budget)[:RUNS_AHEAD]
+            if begun := self._read_ahead(tiled, runs):
+                self._tiles_ahead = TilesAhead(tiled.index, tiled.source, tuple(runs[: len(begun)]), begun)
+        self.read_on(last_tile=True)
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         turns = self.turns
@@ -85,15 +151,21 @@ class RunReads(Rooms):
             self._stats.loads += places.read_bytes > 0
             self._count_read(places.read_bytes, read_s)
 
+    def run_ended(self, places: Places, read_s: float | None) -> None:
+        """Under the lock: a background read has ended; None where it failed. Who waits for memory looks again."""
+        if read_s is not None:
+            self.run_was_read(places, read_s)
+        self._wake()
+
     def waited(self, seconds: float) -> None:
         """Of a forward, for a run that is read in the background."""
         with self.lock:
             self._stats.stall_s += seconds
 
-    def read_on(self) -> None:
-        """Under the lock: a background read has finished, and another can be begun."""
+    def read_on(self, *, last_tile: bool = False) -> None:
+        """Under the lock: a background read has finished, or the last tile of a weight was begun; begin another."""
         if self._prefetcher is not None and self.retention.schedule is not None:
-            self._prefetcher.schedule(self)
+            self._prefetcher.schedule(self, last_tile=last_tile)
 
     def refuse_capture(self) -> None:
         """Raises TraceError where a CUDA graph is captured."""

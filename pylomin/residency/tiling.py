@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pylomin.io.buffers import ALIGNMENT_BYTES, PAGE_BYTES, SMALL_BYTES, block_bytes
 from pylomin.residency.weight import Layout, Weight
 
@@ -29,6 +31,25 @@ def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:
         return None
     count, numel = lines_of(weight.layout)
     return lines_per_tile(count, numel * weight.element_bytes, weight.tile_rows, memory_budget, times=times)
+
+
+def runs_of_tiles(weight: Weight, memory_budget: int | None) -> list[tuple[int, int]]:
+    """The runs of elements, each (first, last exclusive), that a tiled weight is used by."""
+    count, numel = lines_of(weight.layout)
+    lines = tile_rows(weight, memory_budget)
+    return [(first * numel, last * numel) for first, last in tiles_of(count, lines, weight.tile_rows)]
+
+
+def tiles_of(count: int, lines: int | None, wanted: int | None) -> Iterator[tuple[int, int]]:
+    """First line and last (exclusive) of each tile, of at most ``lines`` of ``count``; None: all are one tile.
+
+    Where nobody ``wanted`` so many, they are even: the last could be a few lines, which take as long to ask for.
+    """
+    if lines is None:
+        lines = count
+    elif wanted is None:
+        lines = -(-count // -(-count // lines))
+    return ((first, min(first + lines, count)) for first in range(0, count, lines))
 
 
 def bytes_per_tile(weight: Weight, memory_budget: int | None) -> int:
