@@ -14,6 +14,8 @@ any cache, on two cores of an AMD EPYC with VNNI, one row took 0.9 ms with a sca
 2.5 ms. For one row of input and a scale for each row of the weight, the three digits are multiplied one by one, while
 some of the codes are in the processor's cache.
 
+Where the codes are too large for the budget, tiles of them are multiplied, one after the other.
+
 Where inputs are bfloat16, or ``torch.set_float32_matmul_precision("medium")`` allows float32 to be rounded to it, and
 there is one scale for each row, ``torch._weight_int8pack_mm`` does the same in 0.6 ms.
 """
@@ -21,14 +23,15 @@ there is one scale for each row, ``torch._weight_int8pack_mm`` does the same in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from pylomin.io.buffers import aligned
+from pylomin.residency.tiling import runs_of_tiles
 from pylomin.residency.weight import ResidentParameter, Weight, used_from
 
 MOST_ROWS = {"int8-row": 32, "int8": 6}  # with more, decoding and a float32 product were nearly as fast
@@ -43,6 +46,9 @@ LARGEST = 0x7F7F7F  # all digits are 127
 HALVES = 0x808080
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Multiplier = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From codes (out, in) and their scales (out, groups), or as many, to a product."""
+
 
 def fused_linear(
     module: nn.Module, group: Sequence[Weight], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -54,19 +60,36 @@ def fused_linear(
     weight = group[0]
     if kwargs or len(args) != 1 or not _is_offloaded_as(module, weight) or not _suits(weight, args[0]):
         return None
-    kept = used_from(group)
-    with weight.residency.hold(kept, kept):
-        codes, scales = weight.parts[0].tensor, weight.parts[1].tensor
+    kept, (codes, scales) = used_from(group), weight.parts
+    with weight.residency.hold([part for part in kept if not part.tiled], kept):
         bias: torch.Tensor | None = getattr(module, "bias", None)
         needs_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-        if codes is None or scales is None or needs_grad or not _is_finite(scales):
+        if scales.tensor is None or needs_grad or not _is_finite(scales.tensor):
             return None
-        return _multiply(args[0], codes, scales, bias)
+        multiply = _multiplier(args[0], weight.layout.shape[1], scales.tensor)
+        if multiply is None:
+            return None
+        if codes.tensor is not None:
+            result = multiply(codes.tensor, scales.tensor)
+        else:
+            result = torch.cat(list(_by_tiles(multiply, codes, scales.tensor)), 1)
+        if bias is not None:
+            result.add_(bias)
+        return result.to(args[0].dtype).view(*args[0].shape[:-1], -1)
+
+
+def _by_tiles(multiply: Multiplier, codes: Weight, scales: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The columns of the product, tile by tile of ``codes``, which are too large for the budget."""
+    out, columns = codes.layout.shape
+    runs = runs_of_tiles(codes, codes.residency.memory_budget)
+    stream = codes.residency.stream_runs(codes, runs)
+    for first, last in runs:
+        yield multiply(next(stream).view(-1, columns), scales.view(out, -1)[first // columns : last // columns])
 
 
 def _is_finite(scales: ResidentParameter) -> bool:
     if scales.is_finite is None:
-        scales.is_finite = bool(torch.isfinite(scales).all())
+        scales.is_finite = all(math.isfinite(bound.item()) for bound in torch.aminmax(scales))  # NaN is both bounds
     return scales.is_finite
 
 
@@ -78,8 +101,10 @@ def _suits(weight: Weight, x: object) -> bool:
     packing, layout = weight.source.packing, weight.layout
     if packing is None or not weight.parts or type(x) is not torch.Tensor or x.dtype != layout.dtype:
         return False
-    most_rows, columns = MOST_ROWS.get(packing.scheme, 0), layout.shape[1]
-    if not 0 < columns <= MOST_COLUMNS or x.shape[-1:] != (columns,) or not 0 < x.numel() <= most_rows * columns:
+    most_rows, (out, columns) = MOST_ROWS.get(packing.scheme, 0), layout.shape
+    if not out or not 0 < columns <= MOST_COLUMNS:
+        return False
+    if x.shape[-1:] != (columns,) or not 0 < x.numel() <= most_rows * columns:
         return False
     if x.dtype not in DTYPES or x.device.type != "cpu" or layout.device != x.device or not weight.keeps_order:
         return False
@@ -90,7 +115,8 @@ def _suits(weight: Weight, x: object) -> bool:
     is_watched = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if is_watched or (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu")):
         return False
-    return multiplies_integers() and not (weight.parts[0].tiled or weight.parts[1].tiled)
+    codes, scales = weight.parts
+    return multiplies_integers() and not scales.tiled and (out > 1 or not codes.tiled)
 
 
 @cache
@@ -99,29 +125,26 @@ def multiplies_integers() -> bool:
     return bool(getattr(torch.cpu, "_is_vnni_supported", bool)()) and hasattr(torch, "_int_mm")
 
 
-def _multiply(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor | None:
-    """``x`` times the transpose of the weight with ``codes`` (out, in) and ``scales`` (out, groups), or as many."""
-    out, columns = codes.shape
-    if scales.numel() == out and columns % WHOLE_COLUMNS == 0 and _rounds_to_bfloat16(x.dtype):
-        rows = x.reshape(-1, columns).to(torch.bfloat16)
-        rounded = torch._weight_int8pack_mm(rows, codes, scales.view(-1)).to(x.dtype)
-        if bias is not None:
-            rounded.add_(bias)
-        return rounded.view(*x.shape[:-1], out)
+def _multiplier(x: torch.Tensor, columns: int, scales: torch.Tensor) -> Multiplier | None:
+    """What multiplies ``x`` by the transpose of the rows of the weight that it is given, as a (rows, out) tensor."""
+    groups = scales.numel() // len(scales)
+    if groups == 1 and columns % WHOLE_COLUMNS == 0 and _rounds_to_bfloat16(x.dtype):
+        return partial(_multiply_rounded, x.reshape(-1, columns).to(torch.bfloat16), x.dtype)
     rows = x.reshape(-1, columns).to(torch.float32)
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     if not math.isfinite(largest.amax().item()):
         return None
     largest.clamp_min_(torch.finfo(torch.float32).tiny)
-    digits, scales = _digits(rows, largest), scales.detach().view(out, -1)
-    multiply = _digit_by_digit if len(rows) == scales.shape[1] == 1 else _all_digits
-    result = multiply(digits, codes, scales)
-    result.mul_(largest.mul_(BASE ** (DIGITS - 1) / LARGEST))
-    if bias is not None:
-        result.add_(bias)
-    return result.to(x.dtype).view(*x.shape[:-1], out)
+    digits, units = _digits(rows, largest), largest * (BASE ** (DIGITS - 1) / LARGEST)
+    if groups == len(rows) == 1:
+        return partial(_digit_by_digit, digits.view(torch.int8).view(columns, -1).t().contiguous(), units)
+    return partial(_all_digits, _apart(digits, groups), units)
+
+
+def _multiply_rounded(
+    rows: torch.Tensor, dtype: torch.dtype, codes: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    return torch._weight_int8pack_mm(rows, codes, scales.view(-1)).to(dtype)
 
 
 def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
@@ -146,24 +169,32 @@ def _digits(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return numbers.add_(HALVES).bitwise_xor_(HALVES)
 
 
-def _all_digits(digits: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The numbers that are written in ``digits``, of shape (rows, in), times the transpose of the weight."""
-    (rows, columns), (out, groups) = digits.shape, scales.shape
+def _apart(digits: torch.Tensor, groups: int) -> torch.Tensor:
+    """For each block of columns, and each of its groups, the digits of this group; zero in the other columns.
+
+    Of shape (blocks, columns of a block, rows, groups of a block), with zeros for rows up to a number that fills lanes.
+    """
+    rows, columns = digits.shape
     together = math.gcd(groups, LANES)
     blocks, size, padded = groups // together, columns // groups, aligned(rows, LANES // together)
-    # For each block of columns and each group in it, the digits of this group; zero in the other columns.
     apart = torch.zeros(blocks, together, size, padded, together, dtype=torch.int32)
     apart[:, :, :, :rows].diagonal(0, 1, 4).copy_(digits.view(rows, blocks, together, size).permute(1, 3, 0, 2))
-    factors = apart.view(torch.int8).view(blocks, together * size, -1)
-    slices = -(-4 * blocks * out * factors.shape[2] // PRODUCTS_BYTES)
-    step = -(-out // slices)
+    return apart.view(blocks, together * size, padded, together)
+
+
+def _all_digits(apart: torch.Tensor, units: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The numbers that are written in digits, in ``units`` of the most significant, times the weight."""
+    blocks, width, padded, together = apart.shape
+    rows, out, scales = len(units), len(codes), scales.detach().view(len(codes), -1)
+    factors = apart.view(torch.int8).view(blocks, width, -1)
+    step = -(-out // -(-4 * blocks * out * factors.shape[2] // PRODUCTS_BYTES))
     products = torch.empty(blocks, step, factors.shape[2], dtype=torch.int32)
-    of_digits = torch.empty(blocks, step, padded, together, digits.element_size())
-    numbers = torch.empty(rows, step, groups)
+    of_digits = torch.empty(blocks, step, padded, together, apart.element_size())
+    numbers = torch.empty(rows, step, blocks * together)
     result = torch.empty(rows, out)
     for some in (slice(first, min(first + step, out)) for first in range(0, out, step)):
         in_step = slice(some.stop - some.start)
-        of_blocks = codes[some].split(together * size, 1)
+        of_blocks = codes[some].split(width, 1)
         for block, factor, product in zip(of_blocks, factors.unbind(), products[:, in_step].unbind(), strict=True):
             torch._int_mm(block, factor, out=product)
         of_digits.view_as(products)[:, in_step].copy_(products[:, in_step])
@@ -171,18 +202,23 @@ def _all_digits(digits: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor)
         _number(of_digits[:, in_step, :rows], out=into)
         for of_row, sums in zip(numbers[:, in_step], result[:, some], strict=True):
             torch.sum(of_row.mul_(scales[some]), 1, out=sums)
-    return result
+    return result.mul_(units)
 
 
-def _digit_by_digit(digits: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The same for one row and one group. Some codes at a time, which stay in the processor's cache meanwhile."""
-    factors = digits.view(torch.int8).view(-1, digits.element_size()).t().contiguous()[:DIGITS].unsqueeze(2)
+def _digit_by_digit(
+    digits: torch.Tensor, units: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """The same for one row, whose digits are rows here, and one group of columns.
+
+    Some codes at a time, which stay in the processor's cache meanwhile.
+    """
     products = torch.empty(DIGITS, len(codes), 1, dtype=torch.int32)
     step = max(1, CODES_BYTES // codes.shape[1])
     for first in range(0, len(codes), step):
-        for factor, product in zip(factors.unbind(), products.unbind(), strict=True):
-            torch._int_mm(codes[first : first + step], factor, out=product[first : first + step])
-    return _number(products.to(torch.float32).permute(1, 2, 0)).mul_(scales).t()
+        for digit, product in zip(digits[:DIGITS].unsqueeze(2), products, strict=True):
+            torch._int_mm(codes[first : first + step], digit, out=product[first : first + step])
+    numbers = _number(products.to(torch.float32).permute(1, 2, 0))
+    return numbers.mul_(scales.detach().view(-1, 1)).mul_(units).t()
 
 
 def _number(digits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

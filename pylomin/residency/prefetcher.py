@@ -74,23 +74,35 @@ class Prefetcher:
         # The next may be a small one; and tiles of what is used now are used soon.
         residency.drop_ahead([*wanted, *islice(retention.ahead(), 1), retention.now()])
         for weights, tiles_bytes in wanted.values():
-            missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
-            if not missing:
-                continue
-            room = _reserve_ahead(residency, missing, residency.places_of(missing), tiles_bytes)
-            if room is None:
+            if not self.read_group(residency, weights, tiles_bytes):
                 return
-            job = _Job(self._jobs, residency, missing, room)
-            try:
-                self._jobs.add(job)
-                residency.load_started(missing, in_background=True)
-                if room.places.is_pinned:
-                    job.run(reads_on=False)
-                    continue
+
+    def read_group(self, residency: RunReads, weights: Sequence[Weight], other_bytes: int = 0) -> bool:
+        """Start reading what is missing of weights that are used together; False where it finds no room.
+
+        Under the residency's lock.
+
+        Args:
+            other_bytes: to leave free beside them.
+        """
+        missing = [w for w in weights if w.state is State.OFFLOADED and w.error is None]
+        if not missing:
+            return True
+        room = _reserve_ahead(residency, missing, residency.places_of(missing), other_bytes)
+        if room is None:
+            return False
+        job = _Job(self._jobs, residency, missing, room)
+        try:
+            self._jobs.add(job)
+            residency.load_started(missing, in_background=True)
+            if room.places.is_pinned:
+                job.run(reads_on=False)
+            else:
                 self.submit(job)
-            except BaseException:
-                job.abandon()
-                raise
+        except BaseException:
+            job.abandon()
+            raise
+        return True
 
     def reserve(self, residency: RunReads, weights: Sequence[Weight], places: Places) -> loading.Room | None:
         """Memory for what :meth:`submit` is given to read; None where there is none now. Under the residency's lock."""

@@ -75,12 +75,13 @@ class RunReads(Rooms):
 
     def _read_after(self, weight: Weight) -> None:
         """Under the lock: all tiles of ``weight`` are on their way; begin what is used next."""
-        now = self.retention.now()
-        if self.turns is not None or not any(part.index in now for part in used_from([weight])):
+        now, prefetcher = self.retention.now(), self._prefetcher
+        if prefetcher is None or self.turns is not None or not any(part.index in now for part in used_from([weight])):
             return
         following = self.weights_of(next(self.retention.ahead(), ()))
-        tiled = next((other for other in following if other.tiled and not other.is_part), None)
-        if tiled is not None and self._tiles_ahead is None and not self.carriers:
+        tiled = next((other for other in following if other.tiled and other.is_part == weight.is_part), None)
+        if tiled is not None and self._tiles_ahead is None and not self.carriers and not self.reads_inline:
+            prefetcher.read_group(self, [other for other in following if not other.tiled])  # needed before its tiles
             runs = runs_of_tiles(tiled, self.memory_budget)[:RUNS_AHEAD]
             if begun := self._read_ahead(tiled, runs):
                 self._tiles_ahead = TilesAhead(tiled.index, tiled.source, tuple(runs[: len(begun)]), begun)

@@ -18,6 +18,7 @@ from pylomin.errors import ExportError, StoreReadError
 from pylomin.io.buffers import SMALL_BYTES, BufferPool
 from pylomin.lazy import fused
 from pylomin.lazy.offload import Footprint, smallest_budget, use_bytes
+from pylomin.residency.unpacking import Unpacking
 from pylomin.store.quantized import QuantizedStore
 from pylomin.store.renamed import renamed
 
@@ -349,6 +350,29 @@ def test_one_row_is_as_one_of_many(tmp_path, columns, monkeypatch):
         for i in range(3):
             assert torch.equal(model(x[i]), many[i])
             assert torch.equal(model(x[i].view(1, 1, columns)), many[i].view(1, 1, -1))
+
+
+@pytest.mark.usefixtures("with_fused")
+@pytest.mark.parametrize(("scheme", "columns"), FUSED)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_fused_by_tiles(tmp_path, scheme, columns, precision, monkeypatch):
+    """Of codes that are too large for the budget; nothing is decoded. Each row of the weight gives the same bits."""
+    monkeypatch.setattr(fused, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    whole, _ = linear(tmp_path, scheme, columns)
+    model, _ = linear(tmp_path, scheme, columns)
+    budget = 300 * columns * 3
+    pylomin.set_memory_budget(model, budget)
+    monkeypatch.setattr(Unpacking, "decode", None)
+    codes, scales = model._parameters["weight"].weight.parts
+    assert codes.tiled
+    assert not scales.tiled
+    with torch.no_grad():
+        for x in (torch.randn(columns), torch.randn(2, 3, columns)):
+            before = pylomin.stats(model).bytes_read
+            assert torch.equal(model(x), whole(x))
+            assert pylomin.stats(model).bytes_read - before >= 300 * columns
+    assert pylomin.stats(model).peak_bytes <= budget
 
 
 @pytest.mark.usefixtures("with_fused")
