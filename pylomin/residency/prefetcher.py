@@ -47,7 +47,7 @@ class Prefetcher:
     def __init__(self, depth: int | None) -> None:
         self.fixed_depth = depth
         self.depth = depth or 1
-        self._jobs: set[Job] = set()  # given to the thread, and neither finished nor abandoned
+        self._jobs: set[Job] = set()  # begun, and neither finished nor abandoned
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -125,11 +125,15 @@ class Prefetcher:
         if room is None:
             return None
         ahead = RunAhead(self._jobs, residency, room)
-        self._jobs.add(ahead)
-        if places.is_pinned:
-            ahead.run()
-            return ahead
-        self.submit(ahead)
+        try:
+            self._jobs.add(ahead)
+            if places.is_pinned:
+                ahead.run()
+            else:
+                self.submit(ahead)
+        except BaseException:
+            self._jobs.discard(ahead)
+            raise
         return ahead
 
     def _wanted(self, residency: RunReads, last_tile: bool) -> dict[Key, tuple[list[Weight], int]]:
