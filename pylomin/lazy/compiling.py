@@ -14,19 +14,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-# Of this thread: what is asked about each frame before it runs; None where nothing is being compiled.
-_frame_callback: Callable[[], object] = getattr(
-    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: sys.modules.get("torch._dynamo")
-)
-
-
 def not_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """``torch.compiler.disable``, for nothing where nobody compiles, and without importing the compiler (a second)."""
+    """``torch.compiler.disable``, without importing the compiler (a second or more) for those who do not use it."""
     disabled: list[Callable[P, R]] = []
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _frame_callback() is None:
+        if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
             code = run.__code__  # type: ignore[attr-defined]
