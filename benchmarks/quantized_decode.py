@@ -3,7 +3,8 @@
 The model of the decode benchmark, stored as int8 (a scale for 64 neighbours) and as int8-row (one for each row of a
 weight), in a memory group of 1.4 GB at a budget of 800 MiB, against memory-mapped float32 transformers and llama.cpp
 with Q8_0 under the same limit; once more with inputs rounded to bfloat16, as torch's precision for matrix products
-allows it. Then at other budgets, each beside float32 streaming at that budget.
+allows it, and to 8 bits (``quantize_inputs``), as llama.cpp does. Then at other budgets, each beside float32 streaming
+at that budget.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ FLOAT32 = "float32"
 MAPPED = "transformers, memory-mapped"
 LLAMA_CPP = "llama.cpp Q8_0"
 ROUNDED = "int8-row, inputs in bfloat16"  # torch.set_float32_matmul_precision("medium")
+QUANTIZED = "int8-row, inputs in int8"  # pylomin.quantize_inputs
+INPUTS = (ROUNDED, QUANTIZED)
 SHARES = (0.5, 1.1)  # of the int8 file, beside the window and 800 MiB
 
 
@@ -63,6 +66,9 @@ def work(variant: str, memory_budget: int | None, config: LlamaConfig, directory
     if scheme in (*SCHEMES, FLOAT32):
         report = Report(checkpoint(stored_as(scheme, directory)), piece_bytes=PIECE_BYTES)
         decoder = offloaded(config, stored_as(scheme, directory), memory_budget)
+        if variant.startswith(QUANTIZED):
+            assert decoder.model is not None
+            pylomin.quantize_inputs(decoder.model)
     else:
         report = Report(piece_bytes=PIECE_BYTES)
         decoder = llama_cpp(config, directory) if variant == LLAMA_CPP else PEERS[variant](config, directory)
@@ -92,7 +98,7 @@ def variants(of_budgets: list[int]) -> list[Variant]:
         for name, limit_bytes in (("resident", None), (MAPPED, LIMIT_BYTES), (LLAMA_CPP, LIMIT_BYTES))
     ]
     for budget in of_budgets:
-        for scheme in (FLOAT32, *SCHEMES, *([ROUNDED] if budget == of_budgets[0] else [])):
+        for scheme in (FLOAT32, *SCHEMES, *(INPUTS if budget == of_budgets[0] else ())):
             name, limit_bytes = variant_name(scheme, budget), budget + ABOVE_BUDGET_BYTES
             settings = {"budget_bytes": budget, "limit_bytes": limit_bytes}
             result.append(Variant(name, {"variant": name, "memory_budget": budget}, limit_bytes, settings))
@@ -109,7 +115,7 @@ def ratios(
 ) -> dict[str, dict[str, Any]]:
     """How many times as fast one variant is as another, in pairs of a round: ``{"this / that": ...}``."""
     main = of_budgets[0]
-    pairs = [(variant_name(scheme, main), peer) for scheme in (*SCHEMES, ROUNDED) for peer in (MAPPED, LLAMA_CPP)]
+    pairs = [(variant_name(scheme, main), peer) for scheme in (*SCHEMES, *INPUTS) for peer in (MAPPED, LLAMA_CPP)]
     pairs += [
         (variant_name(scheme, budget), variant_name(FLOAT32, budget)) for budget in of_budgets for scheme in SCHEMES
     ]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pylomin.passes.memory_budget import set_memory_budget
     from pylomin.passes.planning import plan_of
     from pylomin.passes.prefetch import prefetch
+    from pylomin.passes.quantize_inputs import quantize_inputs
     from pylomin.passes.restore import restore
     from pylomin.pretrained.loading import from_pretrained
     from pylomin.residency.device_errors import DeviceMemoryError
@@ -85,6 +86,7 @@ _LAZY = {
     "plan_of": "pylomin.passes.planning",
     "prefetch": "pylomin.passes.prefetch",
     "quantization_report": "pylomin.store.quantization_report",
+    "quantize_inputs": "pylomin.passes.quantize_inputs",
     "restore": "pylomin.passes.restore",
     "restore_checkpoint": "pylomin.checkpoint.checkpoint",
     "save_checkpoint": "pylomin.checkpoint.directory",
@@ -151,6 +153,7 @@ __all__ = [
     "plan_of",
     "prefetch",
     "quantization_report",
+    "quantize_inputs",
     "restore",
     "restore_checkpoint",
     "save_checkpoint",

@@ -17,7 +17,8 @@ some of the codes are in the processor's cache.
 Where the codes are too large for the budget, tiles of them are multiplied, one after the other.
 
 Where inputs are bfloat16, or ``torch.set_float32_matmul_precision("medium")`` allows float32 to be rounded to it, and
-there is one scale for each row, ``torch._weight_int8pack_mm`` does the same in 0.6 ms.
+there is one scale for each row, ``torch._weight_int8pack_mm`` does the same in 0.6 ms. Where inputs may be rounded to 8
+bits (``quantize_inputs``), one digit is left, and 0.4 ms.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ LANES = 4  # numbers that are multiplied together: 16 digits, which a register h
 WHOLE_COLUMNS = 64  # torch's kernel for bfloat16 reads beyond the end of rows that are no multiple of 16
 PRODUCTS_BYTES = 2 << 20  # 2 MiB of products by group at one time, which stay in the processor's cache
 CODES_BYTES = 4 << 20  # 4 MiB of codes that are multiplied by one digit after the other, and stay there meanwhile
+LARGEST_INT8 = 127
 DIGITS = 3
 BASE = 256
 LARGEST = 0x7F7F7F  # all digits are 127
@@ -66,7 +68,8 @@ def fused_linear(
         needs_grad = bias is not None and bias.requires_grad and torch.is_grad_enabled()
         if scales.tensor is None or needs_grad or not _is_finite(scales.tensor):
             return None
-        multiply = _multiplier(args[0], weight.layout.shape[1], scales.tensor)
+        columns, quantizes = weight.layout.shape[1], weight.residency.quantizes_inputs
+        multiply = _multiplier(args[0], columns, scales.tensor, quantizes=quantizes)
         if multiply is None:
             return None
         if codes.tensor is not None:
@@ -125,16 +128,23 @@ def multiplies_integers() -> bool:
     return bool(getattr(torch.cpu, "_is_vnni_supported", bool)()) and hasattr(torch, "_int_mm")
 
 
-def _multiplier(x: torch.Tensor, columns: int, scales: torch.Tensor) -> Multiplier | None:
-    """What multiplies ``x`` by the transpose of the rows of the weight that it is given, as a (rows, out) tensor."""
+def _multiplier(x: torch.Tensor, columns: int, scales: torch.Tensor, *, quantizes: bool) -> Multiplier | None:
+    """What multiplies ``x`` by the transpose of the rows of the weight that it is given, as a (rows, out) tensor.
+
+    None where it is not finite.
+    """
     groups = scales.numel() // len(scales)
-    if groups == 1 and columns % WHOLE_COLUMNS == 0 and _rounds_to_bfloat16(x.dtype):
+    quantizes &= groups == 1
+    if groups == 1 and not quantizes and columns % WHOLE_COLUMNS == 0 and _rounds_to_bfloat16(x.dtype):
         return partial(_multiply_rounded, x.reshape(-1, columns).to(torch.bfloat16), x.dtype)
     rows = x.reshape(-1, columns).to(torch.float32)
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     if not math.isfinite(largest.amax().item()):
         return None
     largest.clamp_min_(torch.finfo(torch.float32).tiny)
+    if quantizes:
+        units = largest / LARGEST_INT8
+        return partial(_multiply_quantized, (rows / units).round_().to(torch.int8).t(), units)
     digits, units = _digits(rows, largest), largest * (BASE ** (DIGITS - 1) / LARGEST)
     if groups == len(rows) == 1:
         return partial(_digit_by_digit, digits.view(torch.int8).view(columns, -1).t().contiguous(), units)
@@ -157,6 +167,13 @@ def _rounds_to_bfloat16(dtype: torch.dtype) -> bool:
 def _multiplies_bfloat16() -> bool:
     """Without these instructions products with bfloat16 are slow."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()) and hasattr(torch, "_weight_int8pack_mm")
+
+
+def _multiply_quantized(
+    columns: torch.Tensor, units: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    products = torch._int_mm(codes, columns).to(torch.float32)
+    return products.mul_(scales.view(-1, 1)).t().contiguous().mul_(units)
 
 
 def _digits(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

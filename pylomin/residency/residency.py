@@ -48,6 +48,7 @@ class Residency(RunReads, Writes):
     def __init__(self, memory_budget: int | None = None) -> None:
         super().__init__(memory_budget)
         self.scratch: ScratchDirectory | None = None
+        self.quantizes_inputs = False  # whether linears may round them to the precision of the weight
         self._hold_class: type[Hold] = Hold
         self._plan(())
         _all.add(self)
@@ -130,6 +131,7 @@ class Residency(RunReads, Writes):
         """For a copy of the model: the same settings and scratch files, a ledger of its own."""
         clone = Residency(self.memory_budget)
         clone.scratch = self.scratch
+        clone.quantizes_inputs = self.quantizes_inputs
         clone.readers = Readers(self.readers.count)
         clone.set_depth(self._prefetcher.fixed_depth if self._prefetcher is not None else 0)
         return clone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -410,6 +411,42 @@ def test_groups_that_end_within_a_row_are_decoded(tmp_path):
     x = torch.randn(1, 515)
     torch.testing.assert_close(model(x), exact(x.double()).float())
     assert pylomin.stats(model).peak_bytes > 300 * 515 * 4
+
+
+@pytest.mark.usefixtures("with_fused")
+@pytest.mark.parametrize("memory_budget", [None, 300 * 512 * 3], ids=["whole", "by tiles"])
+@pytest.mark.parametrize("shape", [(512,), (1, 512), (2, 3, 512)], ids=str)
+def test_quantized_inputs(tmp_path, shape, memory_budget):
+    """Each row is rounded to 255 steps of its own; nothing else is."""
+    model, exact = linear(tmp_path, "int8-row", 512)
+    assert pylomin.quantize_inputs(model) is model
+    pylomin.set_memory_budget(model, memory_budget)
+    x = torch.randn(shape) * torch.logspace(-2, 0, math.prod(shape[:-1])).view(*shape[:-1], 1)
+    step = x.abs().amax(-1, keepdim=True) / 127
+    with torch.no_grad():
+        expected = exact((x / step).round().double() * step.double())
+        output = model(x)
+    assert output.is_contiguous()
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(output, exact(x.double()).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(copy.deepcopy(model)(x), output), "copies do as the original does"
+    pylomin.quantize_inputs(model, enabled=False)
+    torch.testing.assert_close(model(x), exact(x.double()).float())
+
+
+@pytest.mark.usefixtures("with_fused")
+def test_inputs_that_are_not_quantized(tmp_path):
+    """Of the other scheme, with gradients, and those that are not finite; nor is there anything in a plain model."""
+    grouped, exact = linear(tmp_path / "grouped", "int8", 512)
+    x = torch.randn(1, 512)
+    torch.testing.assert_close(pylomin.quantize_inputs(grouped)(x), exact(x.double()).float())
+    model, exact = linear(tmp_path / "rows", "int8-row", 512)
+    pylomin.quantize_inputs(model)
+    torch.testing.assert_close(model(x.clone().requires_grad_()), exact(x.double()).float())
+    assert model(torch.full((1, 512), torch.nan)).isnan().all()
+    assert torch.equal(model(torch.zeros(1, 512)), model.bias.detach().view(1, -1))
+    with pytest.raises(pylomin.PassError, match="nothing of this model is offloaded"):
+        pylomin.quantize_inputs(nn.Linear(2, 2))
 
 
 @pytest.fixture
