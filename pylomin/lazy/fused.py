@@ -139,12 +139,12 @@ def _multiplier(x: torch.Tensor, columns: int, scales: torch.Tensor, *, quantize
         return partial(_multiply_rounded, x.reshape(-1, columns).to(torch.bfloat16), x.dtype)
     rows = x.reshape(-1, columns).to(torch.float32)
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
-    if not math.isfinite(largest.amax().item()):
+    if not math.isfinite((largest if len(rows) == 1 else largest.amax()).item()):
         return None
     largest.clamp_min_(torch.finfo(torch.float32).tiny)
     if quantizes:
-        units = largest / LARGEST_INT8
-        return partial(_multiply_quantized, (rows / units).round_().to(torch.int8).t(), units)
+        steps = largest.div_(LARGEST_INT8)
+        return partial(_multiply_quantized, (rows / steps).round_().to(torch.int8).t(), steps)
     digits, units = _digits(rows, largest), largest * (BASE ** (DIGITS - 1) / LARGEST)
     if groups == len(rows) == 1:
         return partial(_digit_by_digit, digits.view(torch.int8).view(columns, -1).t().contiguous(), units)
@@ -170,10 +170,11 @@ def _multiplies_bfloat16() -> bool:
 
 
 def _multiply_quantized(
-    columns: torch.Tensor, units: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    columns: torch.Tensor, steps: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
+    """The numbers in ``columns``, as multiples of ``steps``, times the weight."""
     products = torch._int_mm(codes, columns).to(torch.float32)
-    return products.mul_(scales.view(-1, 1)).t().contiguous().mul_(units)
+    return products.mul_(scales.view(-1, 1)).t().contiguous().mul_(steps)
 
 
 def _digits(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.columns import COLUMNS, caption
-from benchmarks.goals import GOALS, ONE_INPUT, OUR_STEPS, ROUNDED, SLOW, TILED, goal_rows
+from benchmarks.goals import GOALS, ONE_INPUT, OUR_STEPS, QUANTIZED, ROUNDED, SLOW, TILED, goal_rows
 from benchmarks.plots import plot_speed_against_budget
 from benchmarks.run import BENCHMARKS
 from benchmarks.tables import PAGES, TABLES, fill, table
@@ -121,7 +121,7 @@ def test_goals_read_every_kind_of_result() -> None:
     everything |= {"never_slower_than_float32": True, "kills": {"kills": 2, "restored": 2}}
     everything["speed_ratios"] = {
         f"{scheme}, 800.0 MiB / {peer}": SPREAD
-        for scheme in ("int8", ROUNDED)
+        for scheme in ("int8", ROUNDED, QUANTIZED)
         for peer in ("transformers, memory-mapped", "llama.cpp Q8_0")
     }
     of_one_row = {
