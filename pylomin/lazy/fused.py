@@ -203,7 +203,7 @@ def _apart(digits: torch.Tensor, groups: int) -> torch.Tensor:
 def _all_digits(apart: torch.Tensor, units: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The numbers that are written in digits, in ``units`` of the most significant, times the weight."""
     blocks, width, padded, together = apart.shape
-    rows, out, scales = len(units), len(codes), scales.detach().view(len(codes), -1)
+    rows, out, scales = len(units), len(codes), scales.view(len(codes), -1)
     factors = apart.view(torch.int8).view(blocks, width, -1)
     step = -(-out // -(-4 * blocks * out * factors.shape[2] // PRODUCTS_BYTES))
     products = torch.empty(blocks, step, factors.shape[2], dtype=torch.int32)
@@ -236,7 +236,7 @@ def _digit_by_digit(
         for digit, product in zip(digits[:DIGITS].unsqueeze(2), products, strict=True):
             torch._int_mm(codes[first : first + step], digit, out=product[first : first + step])
     numbers = _number(products.to(torch.float32).permute(1, 2, 0))
-    return numbers.mul_(scales.detach().view(-1, 1)).mul_(units).t()
+    return numbers.mul_(scales.view(-1, 1)).mul_(units).t()
 
 
 def _number(digits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pylomin
+from pylomin.residency.residency import Residency
 
 from .common import (
     FaultyStore,
@@ -23,6 +24,13 @@ from .common import (
 )
 
 BUDGET = 2 << 20  # 2 MiB: of each weight, 4 MiB, there are nine tiles
+
+
+def reads_ended(residency: Residency) -> bool:
+    """Whether all background reads end."""
+    prefetcher = residency.prefetcher
+    assert prefetcher is not None
+    return ends(lambda: prefetcher.in_flight == 0)
 
 
 def tiled_pair() -> tuple[torch.Tensor, torch.Tensor, nn.Sequential, FaultyStore, list[tuple[str, bool]]]:
@@ -40,7 +48,7 @@ def tiled_pair() -> tuple[torch.Tensor, torch.Tensor, nn.Sequential, FaultyStore
     reads: list[tuple[str, bool]] = []
     for _ in range(2):
         forward(model, x)
-    assert ends(lambda: only_residency(model).prefetcher.in_flight == 0)  # type: ignore[union-attr]
+    assert reads_ended(only_residency(model))
     only_residency(model).drop_ahead(())
     store.before_read = lambda names: reads.append((names[0], in_prefetch_thread()))
     return x, expected, model, store, reads
@@ -53,7 +61,7 @@ def test_they_are_read_in_the_background() -> None:
         torch.testing.assert_close(forward(model, x), expected)
         first = [next(ahead for name, ahead in reads if name == f"{i}.weight") for i in range(2)]
         assert first == [again, True], "after the last weight comes the first again"
-    assert ends(lambda: only_residency(model).prefetcher.in_flight == 0)  # type: ignore[union-attr]
+    assert reads_ended(only_residency(model))
     assert pylomin.stats(model).peak_bytes <= BUDGET
     only_residency(model).drop_ahead(())
     assert_nothing_held(model)
@@ -64,7 +72,7 @@ def test_nothing_is_read_twice() -> None:
     forward(model, x)
     before = len(reads)
     forward(model, x)
-    assert ends(lambda: only_residency(model).prefetcher.in_flight == 0)  # type: ignore[union-attr]
+    assert reads_ended(only_residency(model))
     assert len(reads) - before == 18
 
 
@@ -118,9 +126,8 @@ def test_an_error_is_raised_by_who_uses_them() -> None:
 def test_a_model_that_is_dropped_is_gone() -> None:
     x, _, model, _, _ = tiled_pair()
     forward(model, x)
+    assert reads_ended(only_residency(model))
     residency = weakref.ref(only_residency(model))
-    assert residency().prefetcher is not None  # type: ignore[union-attr]
-    assert ends(lambda: residency().prefetcher.in_flight == 0)  # type: ignore[union-attr]
     gc.disable()
     try:
         del model
