@@ -74,6 +74,10 @@ class Replay:
 
     def streamed_ahead(self) -> Iterator[Key]:
         """What is not resident of the uses after the latest, nearest first, once round."""
-        first = bisect_right(self._streamed, self.latest)
+        first = self.streamed_until_now()
         for i in range(len(self._streamed)):
             yield self.order[self._streamed[(first + i) % len(self._streamed)]]
+
+    def streamed_until_now(self) -> int:
+        """How many of the uses up to the latest are not of residents."""
+        return bisect_right(self._streamed, self.latest)

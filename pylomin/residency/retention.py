@@ -138,6 +138,10 @@ class Retention:
         """Groups that may have to be read next, nearest first."""
         return self.trace.upcoming(LOOKAHEAD) if self._replay is None else self._replay.streamed_ahead()
 
+    def place(self) -> tuple[Replay, int] | None:
+        """What :meth:`ahead` depends on: the plan, and how far it was followed; None where there is no plan."""
+        return None if self._replay is None else (self._replay, self._replay.streamed_until_now())
+
     def victim(self, idle: Sequence[InMemoryT]) -> InMemoryT:
         """What to give up first for something that is needed now.
 
