@@ -92,7 +92,7 @@ class Prefetcher:
             return False
         if self._full_bytes is None:
             return place[1] == self._place[1]
-        # The next use that streams makes no room; its release does.
+        # The next use of what streams wants one more, and makes no room; its release does.
         return 0 <= place[1] - self._place[1] <= 1 and residency.pool.in_use_bytes() >= self._full_bytes
 
     def read_group(self, residency: RunReads, weights: Sequence[Weight], other_bytes: int = 0) -> bool:

@@ -74,10 +74,10 @@ class Replay:
 
     def streamed_ahead(self) -> Iterator[Key]:
         """What is not resident of the uses after the latest, nearest first, once round."""
-        first = self.streamed_until_now()
+        first = self.next_streamed()
         for i in range(len(self._streamed)):
             yield self.order[self._streamed[(first + i) % len(self._streamed)]]
 
-    def streamed_until_now(self) -> int:
-        """How many of the uses up to the latest are not of residents."""
-        return bisect_right(self._streamed, self.latest)
+    def next_streamed(self) -> int:
+        """The number of the next use that is not of a resident, counted among such uses."""
+        return bisect_right(self._streamed, self.latest) % max(1, len(self._streamed))

@@ -140,7 +140,7 @@ class Retention:
 
     def place(self) -> tuple[Replay, int] | None:
         """What :meth:`ahead` depends on: the plan, and how far it was followed; None where there is no plan."""
-        return None if self._replay is None else (self._replay, self._replay.streamed_until_now())
+        return None if self._replay is None else (self._replay, self._replay.next_streamed())
 
     def victim(self, idle: Sequence[InMemoryT]) -> InMemoryT:
         """What to give up first for something that is needed now.

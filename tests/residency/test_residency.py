@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pylomin.errors import BudgetError, StoreReadError
 from pylomin.residency import contents
+from pylomin.residency.prefetcher import Prefetcher
 from pylomin.residency.reading import Reading
 from pylomin.residency.residency import Residency
 from pylomin.residency.stats import Stats
@@ -812,3 +813,48 @@ def test_a_plan_is_made_anew_when_a_file_has_become_cached(
     use(residency, all_groups[0])
     assert residency.reads_ahead != turned_cached
     assert bool(plans) == turned_cached
+
+
+def streamed_by_plan(rounds: int = 4) -> tuple[Residency, list[list[Weight]], list[int]]:
+    """Eight groups in the budget of four, read ahead by a plan; and which of them it streams."""
+    residency, all_groups, _ = groups(8, 100_000, 4 * 401_408)  # in pages
+    residency.set_depth(None)
+    for _ in range(rounds):
+        for group in all_groups:
+            use(residency, group)
+            until_loaded(all_groups)
+    streamed = [i for i, group in enumerate(all_groups) if not residency.retention.stays((group[0].index,))]
+    assert 0 < len(streamed) < 8
+    return residency, all_groups, streamed
+
+
+def test_uses_of_residents_look_for_nothing_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    residency, all_groups, streamed = streamed_by_plan()
+    looks = []
+    wanted = Prefetcher._wanted
+    monkeypatch.setattr(Prefetcher, "_wanted", lambda *args: looks.append(args) or wanted(*args))
+    before = residency.stats()
+    for i, group in enumerate(all_groups):
+        looks.clear()
+        use(residency, group)
+        until_loaded(all_groups)
+        assert bool(looks) == (i in streamed)
+    after = residency.stats()
+    assert after.hits - before.hits == 8  # all the same, everything was there in time
+    assert after.prefetched - before.prefetched == len(streamed)
+
+
+def test_reading_ahead_goes_on_when_a_tensor_that_outlived_its_use_is_gone() -> None:
+    residency, all_groups, streamed = streamed_by_plan()
+    with residency.hold(all_groups[streamed[0]]):
+        outlives = all_groups[streamed[0]][0].tensor
+    until_loaded(all_groups)
+    for round_ in range(3):
+        loads = residency.stats().loads
+        for group in all_groups:
+            use(residency, group)
+            until_loaded(all_groups)
+        loads = residency.stats().loads - loads
+        assert bool(loads) == (round_ == 0)
+        outlives = None
+    assert outlives is None
