@@ -76,6 +76,11 @@ AGAINST_BOUND: list[tuple[str, Cell]] = [
     ("bound", median("bound_s", "{:.3g} s")),
     ("× bound", median("times_bound", "{:.2f}", spread=True)),
 ]
+TOGETHER: list[tuple[str, Cell]] = [
+    ("disk while computing", median("bandwidth_together", "{:.2f} GB/s", factor=1e-9)),
+    ("computing meanwhile", median("computing_together", "{:.0%}")),
+    ("× bound of both together", median("times_shared_bound", "{:.2f}", spread=True)),
+]
 MEMORY: list[tuple[str, Cell]] = [
     ("peak weights", mebibytes("ledger_peak_bytes")),
     ("process grows by", grown),
@@ -107,6 +112,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("tokens/s", per_second),
         ("share of resident speed", SHARE),
         *AGAINST_BOUND,
+        *TOGETHER,
         *MEMORY,
         *BUDGET,
         *MODE,
@@ -118,6 +124,7 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("tokens/s", per_second),
         ("share of resident speed", SHARE),
         *AGAINST_BOUND,
+        *TOGETHER,
         *MEMORY,
         *BUDGET,
         *MODE,
@@ -308,6 +315,11 @@ def caption(name: str, result: Mapping[str, Any]) -> str:
         lines.append(
             "Bound: the larger of the resident model's time and the bytes read ÷ the disk's speed, measured by direct "
             "reads in the same process before and after the passes; × bound: in pairs with it."
+        )
+    if any("times_shared_bound" in row for row in rows):
+        lines.append(
+            "Bound of both together: the same, with the speeds that reading, and products of a matrix and a vector, "
+            "have in the same process while both go on."
         )
     constants = [process_constant_bytes(row) for row in rows if "within_budget" in row]
     if constants:

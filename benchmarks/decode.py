@@ -42,6 +42,7 @@ def work(variant: str, memory_budget: int | None, config: LlamaConfig, directory
     report = Report(checkpoint(directory) if is_offloaded else None, piece_bytes=PIECE_BYTES)
     decoder = offloaded(config, directory, memory_budget) if is_offloaded else PEERS[variant](config, directory)
     decode(decoder, report, config, directory, is_reference=variant == "resident")
+    report.measure_together(decoder.model)
     return report.fields
 
 

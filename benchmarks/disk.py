@@ -5,15 +5,21 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
+
+import torch
+from torch import nn
 
 from pylomin.io.buffers import BufferPool
 from pylomin.io.direct import direct_bytes
 from pylomin.io.files import Extent, WeightFile
 
 ENOUGH_BYTES = 1 << 30  # 1 GiB; a longer read tells nothing more
+ENOUGH_S = 0.5  # of computing; longer tells nothing more
+LOAD_ROWS, LOAD_COLUMNS = 8192, 2048  # of a float32 matrix of 64 MiB, which no cache holds
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
@@ -80,3 +86,31 @@ def disk_bandwidth(file: Path, mode: Literal["direct", "buffered"] = "direct", p
     elapsed_s = time.perf_counter() - start
     opened.close()
     return size_bytes / elapsed_s
+
+
+def speeds_together(
+    file: Path, mode: Literal["direct", "buffered"] = "direct", piece_bytes: int = 16 << 20
+) -> tuple[float, float]:
+    """How much reading and computing slow each other down: processors, and the way to memory, are theirs in common.
+
+    Computing is what decoding is, products of a matrix and a vector in all threads of torch.
+
+    Returns:
+        Bytes per second of :func:`disk_bandwidth` meanwhile; and the speed of computing meanwhile, as a share of its
+        speed alone.
+    """
+    matrix, vector = torch.ones(LOAD_ROWS, LOAD_COLUMNS), torch.ones(1, LOAD_COLUMNS)
+    start = time.perf_counter()
+    alone = _products_per_s(matrix, vector, lambda: time.perf_counter() - start < ENOUGH_S)
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(disk_bandwidth, file, mode, piece_bytes)
+        meanwhile = _products_per_s(matrix, vector, lambda: not reading.done())
+        return reading.result(), meanwhile / alone
+
+
+def _products_per_s(matrix: torch.Tensor, vector: torch.Tensor, goes_on: Callable[[], bool]) -> float:
+    count, start = 0, time.perf_counter()
+    while goes_on() or not count:
+        nn.functional.linear(vector, matrix)
+        count += 1
+    return count / (time.perf_counter() - start)

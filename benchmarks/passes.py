@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pylomin
-from benchmarks.disk import cached_share, disk_bandwidth, forget
+from benchmarks.disk import cached_share, disk_bandwidth, forget, speeds_together
 from pylomin.measure import process_bytes
 
 
@@ -39,9 +39,13 @@ class Report:
     def measure_disk(self, model: nn.Module | None) -> None:
         """Measure how fast the disk is now, read as the model reads; before the passes, and ``finish`` after them."""
         if self._cold is not None:
-            stats = _stats(model)
-            mode: Literal["direct", "buffered"] = "buffered" if stats and stats.reading_mode == "buffered" else "direct"
-            self.fields["bandwidth_bytes_per_s"].append(disk_bandwidth(self._cold, mode, self._piece_bytes))
+            bandwidth = disk_bandwidth(self._cold, _mode(model), self._piece_bytes)
+            self.fields["bandwidth_bytes_per_s"].append(bandwidth)
+
+    def measure_together(self, model: nn.Module | None) -> None:
+        """Measure how fast the disk is while the processors compute, and they while it is read. After the passes."""
+        if self._cold is not None:
+            self.fields["together"] = speeds_together(self._cold, _mode(model), self._piece_bytes)
 
     def passes(self, run: Callable[[], Any], count: int, model: nn.Module | None = None) -> None:
         """Time ``count`` calls of ``run``, and what they read of the weights of ``model``, if those are offloaded."""
@@ -76,6 +80,11 @@ class Report:
         if is_reference:
             save_file({"output": output.contiguous()}, reference)
         self.fields["difference"] = (output - load_file(reference)["output"]).abs().max().item()
+
+
+def _mode(model: nn.Module | None) -> Literal["direct", "buffered"]:
+    stats = _stats(model)
+    return "buffered" if stats and stats.reading_mode == "buffered" else "direct"
 
 
 def _stats(model: nn.Module | None) -> pylomin.Stats | None:

@@ -23,6 +23,24 @@ def bound_s(compute_s: float, streamed_bytes: float, bytes_per_s: float) -> floa
     return max(compute_s, streamed_bytes / bytes_per_s)
 
 
+def shared_bound_s(compute_s: float, streamed_bytes: float, bytes_per_s: float, together: tuple[float, float]) -> float:
+    """The same where reading and computing slow each other down, until one of them has finished.
+
+    Args:
+        together: bytes per second while there is computing, and the speed of computing meanwhile, where 1 is its speed
+            alone; as measured, so that more than alone means as much.
+
+    >>> shared_bound_s(2.0, 3e9, 1e9, (1e9, 1.0))
+    3.0
+    >>> shared_bound_s(2.0, 3e9, 1e9, (0.5e9, 0.5))
+    5.0
+    """
+    meanwhile_bytes_per_s, computing_share = min(together[0], bytes_per_s), min(together[1], 1.0)
+    both_s = min(compute_s / computing_share, streamed_bytes / meanwhile_bytes_per_s)
+    rest_s = bound_s(compute_s - both_s * computing_share, streamed_bytes - both_s * meanwhile_bytes_per_s, bytes_per_s)
+    return both_s + rest_s
+
+
 def pass_s(run: WorkerRun) -> float:
     """Median time of the passes of one run."""
     return float(statistics.median(one["s"] for one in run.report["passes"]))
@@ -112,7 +130,7 @@ def summarise(
 
 
 def _against_the_bound(runs: Sequence[WorkerRun], compute_s: Sequence[float]) -> dict[str, Any]:
-    bounds_s, times_bound, bandwidths = [], [], []
+    bounds_s, times_bound, times_shared, bandwidths, together = [], [], [], [], []
     for run, resident_s in zip(runs, compute_s, strict=True):
         # The disk's speed before and after the passes: a slow spell hits them and the reads beside them alike.
         bandwidth = statistics.harmonic_mean(run.report["bandwidth_bytes_per_s"])
@@ -122,7 +140,15 @@ def _against_the_bound(runs: Sequence[WorkerRun], compute_s: Sequence[float]) ->
         times_bound.append(
             statistics.median(one["s"] / bound for one, bound in zip(run.report["passes"], of_passes, strict=True))
         )
-    return {
+        if "together" in run.report:
+            together.append(run.report["together"])
+            times_shared.append(
+                statistics.median(
+                    one["s"] / shared_bound_s(resident_s, one["read_bytes"], bandwidth, together[-1])
+                    for one in run.report["passes"]
+                )
+            )
+    row = {
         "read_bytes_per_pass": statistics.median(
             statistics.median(one["read_bytes"] for one in run.report["passes"]) for run in runs
         ),
@@ -130,6 +156,11 @@ def _against_the_bound(runs: Sequence[WorkerRun], compute_s: Sequence[float]) ->
         "bound_s": asdict(Spread.of(bounds_s)),
         "times_bound": asdict(Spread.of(times_bound)),
     }
+    if together:
+        row["bandwidth_together"] = asdict(Spread.of([bandwidth for bandwidth, _ in together]))
+        row["computing_together"] = asdict(Spread.of([share for _, share in together]))
+        row["times_shared_bound"] = asdict(Spread.of(times_shared))
+    return row
 
 
 def _against_the_prediction(runs: Sequence[WorkerRun]) -> dict[str, Any]:

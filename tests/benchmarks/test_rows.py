@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.common import WorkerRun
-from benchmarks.rows import PROCESS_CONSTANT_BYTES, bound_s, budget_truth, process_memory, summarise
+from benchmarks.rows import (
+    PROCESS_CONSTANT_BYTES,
+    bound_s,
+    budget_truth,
+    process_memory,
+    shared_bound_s,
+    summarise,
+)
 from benchmarks.suite import Variant, rows_of
 
 SIZES = st.floats(1, 1e12)
@@ -30,6 +37,24 @@ def test_bound_is_the_larger_of_computing_and_reading(compute_s: float, streamed
     assert bound >= compute_s
     assert bound >= streamed / bandwidth
     assert bound in (compute_s, streamed / bandwidth)
+
+
+@given(SIZES, SIZES, SIZES, st.tuples(SIZES, st.floats(0.01, 2)))
+def test_bound_of_both_together_is_never_less(
+    compute_s: float, streamed: float, bandwidth: float, together: tuple[float, float]
+) -> None:
+    alone = bound_s(compute_s, streamed, bandwidth)
+    shared = shared_bound_s(compute_s, streamed, bandwidth, together)
+    assert shared >= alone * (1 - 1e-9)
+    assert shared_bound_s(compute_s, streamed, bandwidth, (bandwidth, 1.0)) == pytest.approx(alone)
+
+
+def test_row_says_how_both_went_together() -> None:
+    both = run((3.0, 1000), bandwidth_bytes_per_s=[1000.0], together=(500.0, 0.75))
+    row = summarise("offloaded", [both], [run((1.5, 0))], {})
+    assert row["bandwidth_together"]["median"] == 500.0
+    assert row["computing_together"]["median"] == 0.75
+    assert row["times_shared_bound"]["median"] == 1.5  # 2 s for both, of which 1.5 s of computing, and all that is read
 
 
 def test_process_memory_counts_from_the_model_to_the_end_of_its_passes() -> None:
