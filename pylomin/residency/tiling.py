@@ -12,7 +12,7 @@ from pylomin.residency.weight import Layout, Weight
 PACKED_TIMES = 8
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
 LARGE_TILE_BYTES = 16 << 20  # 16 MiB; where all processors compute, a read takes long to start
-LARGE_TIMES = 16  # a tile is larger than ``TILE_BYTES`` where it fits so often into the budget
+LARGE_TIMES = 6
 ALONE_TIMES = 4  # a weight of so many budgets streams for long: what is used after it can wait for room
 ALONE_LARGE_TIMES = 6  # ``LARGE_TIMES`` of such a weight: three tiles, of which two are read ahead, take half
 
@@ -72,7 +72,7 @@ def lines_per_tile(
     if wanted is None or wanted >= count:
         if fits(count * line_bytes, memory_budget, times):
             return None
-        wanted = _tile_bytes(count * line_bytes, memory_budget, times) // max(1, line_bytes)
+        wanted = _tile_bytes(memory_budget, times) // max(1, line_bytes)
     if memory_budget is not None:
         quarter = memory_budget // 4
         quarter -= PAGE_BYTES if quarter >= SMALL_BYTES else ALIGNMENT_BYTES  # which its memory is rounded up to
@@ -81,11 +81,10 @@ def lines_per_tile(
     return lines if lines < count else None
 
 
-def _tile_bytes(nbytes: int, memory_budget: int | None, times: int) -> int:
+def _tile_bytes(memory_budget: int | None, times: int) -> int:
     if memory_budget is None or times == PACKED_TIMES:
         return TILE_BYTES
-    large_times = ALONE_LARGE_TIMES if nbytes >= ALONE_TIMES * memory_budget else LARGE_TIMES
-    return min(max(TILE_BYTES, memory_budget // large_times), LARGE_TILE_BYTES)
+    return min(max(TILE_BYTES, memory_budget // LARGE_TIMES), LARGE_TILE_BYTES)
 
 
 def times_to_fit(weight: Weight) -> int:

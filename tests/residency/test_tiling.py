@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from pylomin.lazy.offload import Footprint, smallest_budget, use_bytes
 from pylomin.residency.residency import Residency
 from pylomin.residency.tiling import (
-    ALONE_LARGE_TIMES,
-    ALONE_TIMES,
     LARGE_TILE_BYTES,
     LARGE_TIMES,
     PACKED_TIMES,
@@ -58,18 +56,10 @@ def test_budget_makes_chosen_tiles_smaller() -> None:
 
 
 def test_tiles_are_not_larger_than_they_need_to_be() -> None:
-    assert lines_per_tile(1 << 15, 4096, None, 40 << 20) == TILE_BYTES // 4096
-    assert lines_per_tile(1 << 16, 4096, None, 128 << 20) == (128 << 20) // LARGE_TIMES // 4096
+    assert lines_per_tile(1 << 15, 4096, None, 20 << 20) == TILE_BYTES // 4096
+    assert lines_per_tile(1 << 16, 4096, None, 64 << 20) == (64 << 20) // LARGE_TIMES // 4096
     assert lines_per_tile(1 << 20, 4096, None, 1 << 30) == LARGE_TILE_BYTES // 4096
     assert lines_per_tile(1 << 20, 4096, None, 1 << 30, times=PACKED_TIMES) == TILE_BYTES // 4096
-
-
-def test_a_weight_of_many_budgets_has_larger_tiles() -> None:
-    budget = 60 << 20
-    count = ALONE_TIMES * budget // 4096
-    assert lines_per_tile(count - 1, 4096, None, budget) == TILE_BYTES // 4096
-    assert lines_per_tile(count, 4096, None, budget) == budget // ALONE_LARGE_TIMES // 4096
-    assert lines_per_tile(1 << 20, 4096, None, 128 << 20) == LARGE_TILE_BYTES // 4096
 
 
 def test_weights_that_are_held_are_not_tiled() -> None:
