@@ -124,7 +124,6 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("tokens/s", per_second),
         ("share of resident speed", SHARE),
         *AGAINST_BOUND,
-        *TOGETHER,
         *MEMORY,
         *BUDGET,
         *MODE,

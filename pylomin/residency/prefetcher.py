@@ -50,7 +50,8 @@ class Prefetcher:
         self.depth = depth or 1
         self._jobs: set[Job] = set()  # begun, and neither finished nor abandoned
         self._place: tuple[Replay, int] | None = None  # in the plan, when reads were last begun
-        self._full_bytes: int | None = None  # in use then, if there was no room for all that was to be read
+        self._in_use_bytes = 0  # then
+        self._was_full = False  # there was no room then for all that was to be read
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -77,23 +78,24 @@ class Prefetcher:
         place = retention.place() if not residency.tiles_bytes else None
         if place is not None and self._is_done(place, residency):
             return
-        self._place, self._full_bytes = place, None
+        self._place, self._was_full = None, False
         wanted = self._wanted(residency, last_tile)
         # The next may be a small one; and tiles of what is used now are used soon.
         residency.drop_ahead([*wanted, *islice(retention.ahead(), 1), retention.now()])
         for weights, tiles_bytes in wanted.values():
             if not self.read_group(residency, weights, tiles_bytes):
-                self._full_bytes = residency.pool.in_use_bytes()
-                return
+                self._was_full = True
+                break
+        self._place, self._in_use_bytes = place, residency.pool.in_use_bytes()
 
     def _is_done(self, place: tuple[Replay, int], residency: RunReads) -> bool:
         """Whether there is nothing to begin that could not be begun the last time: most uses are of residents."""
         if self._place is None or place[0] is not self._place[0]:
             return False
-        if self._full_bytes is None:
-            return place[1] == self._place[1]
+        steps = place[1] - self._place[1]
         # The next use of what streams wants one more, and makes no room; its release does.
-        return 0 <= place[1] - self._place[1] <= 1 and residency.pool.in_use_bytes() >= self._full_bytes
+        is_same = steps == 0 or (steps == 1 and self._was_full)
+        return is_same and residency.pool.in_use_bytes() >= self._in_use_bytes
 
     def read_group(self, residency: RunReads, weights: Sequence[Weight], other_bytes: int = 0) -> bool:
         """Start reading what is missing of weights that are used together; False where it finds no room.
