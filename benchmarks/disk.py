@@ -88,9 +88,7 @@ def disk_bandwidth(file: Path, mode: Literal["direct", "buffered"] = "direct", p
     return size_bytes / elapsed_s
 
 
-def speeds_together(
-    file: Path, mode: Literal["direct", "buffered"] = "direct", piece_bytes: int = 16 << 20
-) -> tuple[float, float]:
+def speeds_together(file: Path, mode: Literal["direct", "buffered"], piece_bytes: int) -> tuple[float, float]:
     """How much reading and computing slow each other down: processors, and the way to memory, are theirs in common.
 
     Computing is what decoding is, products of a matrix and a vector in all threads of torch.

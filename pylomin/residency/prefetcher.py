@@ -75,7 +75,7 @@ class Prefetcher:
         if residency.reads_inline:
             return
         retention = residency.retention
-        place = retention.place() if not residency.tiles_bytes else None
+        place = retention.place() if not residency.tiles_bytes else None  # tiles in use are not in it
         if place is not None and self._is_done(place, residency):
             return
         self._place, self._was_full = None, False
@@ -86,7 +86,8 @@ class Prefetcher:
             if not self.read_group(residency, weights, tiles_bytes):
                 self._was_full = True
                 break
-        self._place, self._in_use_bytes = place, residency.pool.in_use_bytes()
+        if place is not None:
+            self._place, self._in_use_bytes = place, residency.pool.in_use_bytes()
 
     def _is_done(self, place: tuple[Replay, int], residency: RunReads) -> bool:
         """Whether there is nothing to begin that could not be begun the last time: most uses are of residents."""

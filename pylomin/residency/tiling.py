@@ -12,9 +12,7 @@ from pylomin.residency.weight import Layout, Weight
 PACKED_TIMES = 8
 TILE_BYTES = 4 << 20  # 4 MiB; one read of it takes much longer than starting it, and it is small beside what it feeds
 LARGE_TILE_BYTES = 16 << 20  # 16 MiB; where all processors compute, a read takes long to start
-LARGE_TIMES = 6
-ALONE_TIMES = 4  # a weight of so many budgets streams for long: what is used after it can wait for room
-ALONE_LARGE_TIMES = 6  # ``LARGE_TIMES`` of such a weight: three tiles, of which two are read ahead, take half
+LARGE_TIMES = 6  # a tile is larger than ``TILE_BYTES`` where it fits so often into the budget: three take half of it
 
 
 def tile_rows(weight: Weight, memory_budget: int | None) -> int | None:

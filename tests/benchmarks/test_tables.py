@@ -22,6 +22,7 @@ ROW: dict[str, Any] = {
     "share_of_resident": SPREAD,
     "bound_s": SPREAD,
     "times_bound": SPREAD,
+    "times_shared_bound": SPREAD,
     "bandwidth_bytes_per_s": SPREAD,
     "read_bytes_per_pass": 1 << 20,
     "budget_bytes": 64 << 20,

@@ -58,6 +58,8 @@ def test_budget_makes_chosen_tiles_smaller() -> None:
 def test_tiles_are_not_larger_than_they_need_to_be() -> None:
     assert lines_per_tile(1 << 15, 4096, None, 20 << 20) == TILE_BYTES // 4096
     assert lines_per_tile(1 << 16, 4096, None, 64 << 20) == (64 << 20) // LARGE_TIMES // 4096
+    assert lines_per_tile(1 << 20, 4096, None, 64 << 20) == (64 << 20) // LARGE_TIMES // 4096  # however large it is
+    assert lines_per_tile(1 << 20, 4096, None, 128 << 20) == LARGE_TILE_BYTES // 4096
     assert lines_per_tile(1 << 20, 4096, None, 1 << 30) == LARGE_TILE_BYTES // 4096
     assert lines_per_tile(1 << 20, 4096, None, 1 << 30, times=PACKED_TIMES) == TILE_BYTES // 4096
 
