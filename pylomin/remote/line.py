@@ -184,7 +184,8 @@ def _end(running: Running) -> None:
     if running.thread is threading.current_thread():
         running.loop.call_soon(running.loop.stop)
     elif running.thread.is_alive():  # not so in a forked child
-        running.loop.call_soon_threadsafe(running.loop.stop)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the thread is about to end by itself
+            running.loop.call_soon_threadsafe(running.loop.stop)
         running.thread.join()
 
 

@@ -47,11 +47,11 @@ def cut(nbytes: int):
     return fault
 
 
-def pretending(length: int):
-    """Another Content-Length than the range has."""
+def pretending(length: int, cut: int | None = None):
+    """Another Content-Length than the range has; and after so many bytes of it, the end."""
 
     def fault(handler: Handler, served: Served) -> bool:
-        handler.serve(served, cut=None if length >= 0 else length, pretended=length)
+        handler.serve(served, cut=cut, pretended=length)
         handler.close_connection = True
         return True
 
@@ -162,8 +162,20 @@ def test_later_all_of_it_comes(server, tensors):
 def test_wrong_content_length(server, tensors, length):
     url = server.put("m.safetensors", save(tensors))
     store = pylomin.open_store(url)
-    server.always = pretending(length)
+    server.always = pretending(length, cut=length)
     with pytest.raises(StoreReadError, match=rf"layers\.5\.weight.*announced {length} bytes for the range"):
+        read_tensor(store, "layers.5.weight")
+    server.always = None
+    assert_holds(store, tensors)
+    store.close()
+
+
+def test_more_than_was_announced(server, tensors):
+    """The rest may be seen together with the headers, when the whole answer is no HTTP, or after them."""
+    url = server.put("m.safetensors", save(tensors))
+    store = pylomin.open_store(url)
+    server.always = pretending(10)
+    with pytest.raises(StoreReadError, match=r"layers\.5\.weight.*(announced 10 bytes|failed 6 times)"):
         read_tensor(store, "layers.5.weight")
     server.always = None
     assert_holds(store, tensors)

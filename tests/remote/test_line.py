@@ -100,6 +100,28 @@ def test_who_waits_when_it_ends_is_told():
     del line, running
 
 
+def test_ends_while_its_thread_does(monkeypatch):
+    """The loop is closed and its thread not yet gone."""
+    line = Line(NoServer)
+    running = line.running()
+    close, closed, go_on = running.loop.close, threading.Event(), threading.Event()
+
+    def close_and_wait() -> None:
+        close()
+        closed.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(running.loop, "close", close_and_wait)
+    running.loop.call_soon_threadsafe(running.loop.stop)
+    assert closed.wait(30)
+    join = running.thread.join
+    monkeypatch.setattr(running.thread, "join", lambda: (go_on.set(), join()))
+    del line
+    gc.collect()
+    assert go_on.is_set()
+    assert threads() == []
+
+
 def test_what_is_to_be_finished_is():
     line = Line(NoServer)
     done: list[int] = []
