@@ -64,13 +64,13 @@ class Prefetcher:
         if self._thread is not None:
             _end(self._queue, self._thread, os.getpid())
 
-    def schedule(self, residency: RunReads, *, last_tile: bool = False) -> None:
+    def schedule(self, residency: RunReads, *, after_tiles_of: Weight | None = None) -> None:
         """Start reading what is used next. Under the residency's lock.
 
         Never takes memory from what is needed now: what finds no room is read when it is used.
 
         Args:
-            last_tile: no more tiles of what is used now are to be read.
+            after_tiles_of: what is used now; all its tiles are on their way.
         """
         if residency.reads_inline:
             return
@@ -79,9 +79,11 @@ class Prefetcher:
         if place is not None and self._is_done(place, residency):
             return
         self._place, self._was_full = None, False
-        wanted = self._wanted(residency, last_tile)
+        wanted, tiled = self._wanted(residency, after_tiles_of is not None)
         # The next may be a small one; and tiles of what is used now are used soon.
-        residency.drop_ahead([*wanted, *islice(retention.ahead(), 1), retention.now()])
+        residency.drop_ahead([*wanted, *islice(retention.ahead(), 1), retention.now(), tiled])
+        if tiled:
+            residency.begin_tiles(tiled, after_tiles_of)
         for weights, tiles_bytes in wanted.values():
             if not self.read_group(residency, weights, tiles_bytes):
                 self._was_full = True
@@ -157,8 +159,11 @@ class Prefetcher:
             raise
         return ahead
 
-    def _wanted(self, residency: RunReads, last_tile: bool) -> dict[Key, tuple[list[Weight], int]]:
-        """What to read ahead of each group, and the bytes to leave free for tiles that are used until then."""
+    def _wanted(self, residency: RunReads, last_tile: bool) -> tuple[dict[Key, tuple[list[Weight], int]], Key]:
+        """What to read ahead of each group, with the bytes to leave free for tiles that are used until then.
+
+        And the group of which tiles are to be read before all that; or none.
+        """
         retention = residency.retention
         now = residency.weights_of(retention.now()) if residency.tiles_bytes and not last_tile else ()
         tiles_bytes = residency.tiles_bytes if any(weight.tiled for weight in now) else 0
@@ -166,18 +171,21 @@ class Prefetcher:
         least_bytes = 1 if residency.carriers else SMALL_GROUP_BYTES
         most = self.depth if retention.schedule is None else self.fixed_depth or MOST_PLANNED
         wanted: dict[Key, tuple[list[Weight], int]] = {}
+        tiled: Key = ()
         for key in retention.ahead():
             group = residency.weights_of(key)
             weights = [weight for weight in group if not weight.tiled]
             if len(weights) < len(group):
                 tiles_bytes = residency.tiles_bytes
+                if all(other.state is not State.OFFLOADED for before, _ in wanted.values() for other in before):
+                    tiled = tiled or key
             nbytes = sum([weight.nbytes for weight in weights])
             if nbytes >= least_bytes:
                 wanted.setdefault(key, (weights, tiles_bytes))
                 most -= nbytes >= SMALL_GROUP_BYTES
                 if most == 0:
                     break
-        return wanted
+        return wanted, tiled
 
     def _start_thread(self) -> None:
         if self._thread is None:

@@ -17,6 +17,7 @@ from pylomin.residency.places import Places
 from pylomin.residency.prefetcher import RunAhead, TilesAhead
 from pylomin.residency.rooms import Rooms
 from pylomin.residency.tiling import runs_of_tiles
+from pylomin.residency.trace import Key
 from pylomin.residency.turns import Group, Run, Turns
 from pylomin.residency.waiting import Waiter
 from pylomin.residency.weight import Weight, used_from
@@ -75,17 +76,28 @@ class RunReads(Rooms):
 
     def _read_after(self, weight: Weight) -> None:
         """Under the lock: all tiles of ``weight`` are on their way; begin what is used next."""
-        now, prefetcher = self.retention.now(), self._prefetcher
-        if prefetcher is None or self.turns is not None or not any(part.index in now for part in used_from([weight])):
+        now = self.retention.now()
+        if self.turns is None and any(part.index in now for part in used_from([weight])):
+            self.read_on(after_tiles_of=weight)
+
+    def begin_tiles(self, key: Key, after: Weight | None) -> None:
+        """Under the lock: begin the first tiles of a group, unless there are tiles of what is used before it to read.
+
+        Args:
+            after: of which all tiles are on their way.
+        """
+        is_busy = after is None and any(weight.tiled for weight in self.weights_of(self.retention.now()))
+        if is_busy or self._tiles_ahead is not None or self._prefetcher is None or self.carriers:
             return
-        following = self.weights_of(next(self.retention.ahead(), ()))
-        tiled = next((other for other in following if other.tiled and other.is_part == weight.is_part), None)
-        if tiled is not None and self._tiles_ahead is None and not self.carriers and not self.reads_inline:
-            prefetcher.read_group(self, [other for other in following if not other.tiled])  # needed before its tiles
+        group = self.weights_of(key)
+        # What is packed may be decoded by tiles of the whole, or used as it is; so do those that follow each other.
+        is_part = after is not None and after.is_part
+        tiled = next((weight for weight in group if weight.tiled and weight.is_part == is_part), None)
+        if tiled is not None:
+            self._prefetcher.read_group(self, [weight for weight in group if not weight.tiled])  # needed before them
             runs = runs_of_tiles(tiled, self.memory_budget)[:RUNS_AHEAD]
             if begun := self._read_ahead(tiled, runs):
                 self._tiles_ahead = TilesAhead(tiled.index, tiled.source, tuple(runs[: len(begun)]), begun)
-        self.read_on(last_tile=True)
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
         turns = self.turns
@@ -163,10 +175,10 @@ class RunReads(Rooms):
         with self.lock:
             self._stats.stall_s += seconds
 
-    def read_on(self, *, last_tile: bool = False) -> None:
+    def read_on(self, *, after_tiles_of: Weight | None = None) -> None:
         """Under the lock: a background read has finished, or the last tile of a weight was begun; begin another."""
         if self._prefetcher is not None and self.retention.schedule is not None:
-            self._prefetcher.schedule(self, last_tile=last_tile)
+            self._prefetcher.schedule(self, after_tiles_of=after_tiles_of)
 
     def refuse_capture(self) -> None:
         """Raises TraceError where a CUDA graph is captured."""

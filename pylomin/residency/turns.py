@@ -334,7 +334,7 @@ class ReadAhead:
 class StepReader(Prefetcher):
     """Reads ahead what it is told to, and not what is predicted."""
 
-    def schedule(self, residency: RunReads, *, last_tile: bool = False) -> None:
+    def schedule(self, residency: RunReads, *, after_tiles_of: Weight | None = None) -> None:
         """Nothing: see :class:`ReadAhead`."""
 
     def read_run(self, residency: RunReads, weight: Weight, run: tuple[int, int]) -> None:
