@@ -288,10 +288,13 @@ class Contents:
             loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
 
     def _is_next(self, loaded: Loaded) -> bool:
-        """Whether it is what has to be read next, if it leaves now; but for what is read by tiles."""
+        """Whether it is what has to be read next, if it leaves now; but for what is read by tiles, if these have room."""
+        tiles_bytes = 0
         for key in self.retention.ahead():
             if not all(weight.tiled for weight in self.weights_of(key)):
-                return not set(loaded.members).isdisjoint(key)
+                room_bytes = self.room_ahead_bytes() if tiles_bytes else None
+                return not set(loaded.members).isdisjoint(key) and (room_bytes is None or room_bytes >= tiles_bytes)
+            tiles_bytes = self.tiles_bytes
         return False
 
     def _may_stay(self, loaded: Loaded) -> bool:

@@ -87,7 +87,7 @@ class RunReads(Rooms):
             after: of which all tiles are on their way.
         """
         is_busy = after is None and any(weight.tiled for weight in self.weights_of(self.retention.now()))
-        if is_busy or self._tiles_ahead is not None or self._prefetcher is None or self.carriers:
+        if is_busy or self._prefetcher is None or self.carriers:
             return
         group = self.weights_of(key)
         # What is packed may be decoded by tiles of the whole, or used as it is; so do those that follow each other.
@@ -96,7 +96,9 @@ class RunReads(Rooms):
         if tiled is not None:
             self._prefetcher.read_group(self, [weight for weight in group if not weight.tiled])  # needed before them
             runs = runs_of_tiles(tiled, self.memory_budget)[:RUNS_AHEAD]
-            if begun := self._read_ahead(tiled, runs):
+            begun = self._begun(tiled, runs)
+            begun += self._read_ahead(tiled, runs[len(begun) :])
+            if begun:
                 self._tiles_ahead = TilesAhead(tiled.index, tiled.source, tuple(runs[: len(begun)]), begun)
 
     def _load_runs(self, weight: Weight, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
