@@ -288,7 +288,7 @@ class Contents:
             loaded.kept, self._kept_bytes = True, self._kept_bytes + loaded.nbytes
 
     def _is_next(self, loaded: Loaded) -> bool:
-        """Whether it is what has to be read next, if it leaves now; but for what is read by tiles, if these have room."""
+        """Whether it is what has to be read next, if it leaves now; but for what is read by tiles and has room."""
         tiles_bytes = 0
         for key in self.retention.ahead():
             if not all(weight.tiled for weight in self.weights_of(key)):
