@@ -37,8 +37,7 @@ def work(variant: str, width: int, memory_budget: int, weights: Path) -> dict[st
     row = torch.randn(1, width, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         output = model(row)
-        report.measure_disk(model)
-        report.passes(lambda: model(row), PASSES, model)
+        report.paired_passes(lambda: model(row), PASSES, model)
         fields = report.finish(lambda: model(row), model)
     report.compare(output, weights.with_name("resident-output.safetensors"), is_reference=variant == "resident")
     return fields

@@ -28,6 +28,7 @@ from pylomin.io.sizes import format_bytes
 PROMPT_TOKENS = 8
 WARM_UP_TOKENS = 2  # the order of the weights is known, and what stays has been loaded
 TOKENS = 6
+INPUT = f"{TOKENS} tokens at batch 1, every other one after {PROMPT_TOKENS + WARM_UP_TOKENS}"
 LIMIT_BYTES = 1_400_000_000  # 1.4 GB
 BUDGET_BYTES = 800 << 20  # 800 MiB
 ABOVE_BUDGET_BYTES = LIMIT_BYTES - BUDGET_BYTES
@@ -50,15 +51,14 @@ def decode(
     decoder: Decoder, report: Report, config: LlamaConfig, directory: Path, *, is_reference: bool = False
 ) -> None:
     """Prompt, warm-up, and the tokens that are measured: the same for every variant, whatever it answers."""
-    count = PROMPT_TOKENS + WARM_UP_TOKENS + TOKENS + 2  # two more: to compare, and for the memory of tensors
+    count = PROMPT_TOKENS + WARM_UP_TOKENS + 2 * TOKENS + 2  # two more: to compare, and for the memory of tensors
     tokens = torch.randint(3, config.vocab_size, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     rest = iter(tokens[PROMPT_TOKENS:])
     with torch.inference_mode():
         decoder(tokens[:PROMPT_TOKENS])
         for _ in range(WARM_UP_TOKENS):
             decoder([next(rest)])
-        report.measure_disk(decoder.model)
-        report.passes(lambda: decoder([next(rest)]), TOKENS, decoder.model)
+        report.paired_passes(lambda: decoder([next(rest)]), TOKENS, decoder.model)
         logits = decoder([next(rest)])
         report.finish(lambda: decoder([next(rest)]), decoder.model)
     report.compare(logits, directory / "resident-logits.safetensors", is_reference=is_reference)
@@ -144,7 +144,7 @@ def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
     def report(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> None:
         settings = {
             "model": f"LlamaForCausalLM, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
-            "input": f"{TOKENS} tokens at batch 1, after {PROMPT_TOKENS + WARM_UP_TOKENS}",
+            "input": INPUT,
             "checkpoint_bytes": weights.stat().st_size,
             "file_state": "cold",
             "conditions": sorted(conditions.notes),

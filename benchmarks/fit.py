@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pylomin
 from benchmarks.common import WorkerRun
-from benchmarks.decode import ABOVE_BUDGET_BYTES, PIECE_BYTES, PROMPT_TOKENS, TOKENS, WARM_UP_TOKENS, decode
+from benchmarks.decode import ABOVE_BUDGET_BYTES, INPUT, PIECE_BYTES, decode
 from benchmarks.llama import NEEDED_BYTES, TorchDecoder, checkpoint, prepare, resident, run_benchmark
 from benchmarks.passes import Report
 from benchmarks.suite import Conditions, Options, Variant, finish, rows_of, run_variants, save
@@ -74,7 +74,7 @@ def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
     def report(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> None:
         settings = {
             "model": f"LlamaForCausalLM, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
-            "input": f"{TOKENS} tokens at batch 1, after {PROMPT_TOKENS + WARM_UP_TOKENS}",
+            "input": INPUT,
             "checkpoint_bytes": weights.stat().st_size,
             "file_state": "cold",
             "conditions": sorted(conditions.notes),

@@ -58,6 +58,16 @@ class Report:
             elapsed_s = time.perf_counter() - start
             self.fields["passes"].append({"s": elapsed_s, "read_bytes": _bytes_read(model) - before})
 
+    def paired_passes(self, run: Callable[[], Any], count: int, model: nn.Module | None = None) -> None:
+        """As :meth:`passes`, with the disk measured before each of them, while its first weights are read ahead.
+
+        So there is one in between that is not counted.
+        """
+        for _ in range(count):
+            self.measure_disk(model)
+            run()
+            self.passes(run, 1, model)
+
     def finish(self, run: Callable[[], Any], model: nn.Module | None = None) -> dict[str, Any]:
         """The report. Measures one more pass of ``run``, slower for it, for the memory of tensors."""
         self.fields["finished_s"] = time.time()

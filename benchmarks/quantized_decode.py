@@ -21,11 +21,9 @@ from benchmarks.common import WorkerRun, paired_ratios
 from benchmarks.decode import (
     ABOVE_BUDGET_BYTES,
     BUDGET_BYTES,
+    INPUT,
     LIMIT_BYTES,
     PIECE_BYTES,
-    PROMPT_TOKENS,
-    TOKENS,
-    WARM_UP_TOKENS,
     WINDOW_BYTES,
     decode,
     smallest_budget,
@@ -161,7 +159,7 @@ def measure(options: Options, config: LlamaConfig, directory: Path) -> None:
     def report(runs: Mapping[str, list[WorkerRun]], failures: Mapping[str, str]) -> None:
         settings = {
             "model": f"LlamaForCausalLM, {config.num_hidden_layers} layers, hidden size {config.hidden_size}",
-            "input": f"{TOKENS} tokens at batch 1, after {PROMPT_TOKENS + WARM_UP_TOKENS}",
+            "input": INPUT,
             "checkpoint_bytes": files[0].stat().st_size,
             "quantized_bytes": {scheme: checkpoint(stored_as(scheme, directory)).stat().st_size for scheme in SCHEMES},
             "file_state": "cold",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.common import Spread, WorkerRun, paired_ratios
@@ -129,23 +130,28 @@ def summarise(
     return row
 
 
+def _bandwidths(run: WorkerRun) -> list[float]:
+    """The disk's speed of each pass: a slow spell hits a pass and the reads before and after it alike."""
+    measured, count = run.report["bandwidth_bytes_per_s"], len(run.report["passes"])
+    if len(measured) == count + 1:
+        return [statistics.harmonic_mean(around) for around in pairwise(measured)]
+    return [statistics.harmonic_mean(measured)] * count
+
+
 def _against_the_bound(runs: Sequence[WorkerRun], compute_s: Sequence[float]) -> dict[str, Any]:
     bounds_s, times_bound, times_shared, bandwidths, together = [], [], [], [], []
     for run, resident_s in zip(runs, compute_s, strict=True):
-        # The disk's speed before and after the passes: a slow spell hits them and the reads beside them alike.
-        bandwidth = statistics.harmonic_mean(run.report["bandwidth_bytes_per_s"])
-        of_passes = [bound_s(resident_s, one["read_bytes"], bandwidth) for one in run.report["passes"]]
-        bandwidths.append(bandwidth)
-        bounds_s.append(statistics.median(of_passes))
-        times_bound.append(
-            statistics.median(one["s"] / bound for one, bound in zip(run.report["passes"], of_passes, strict=True))
-        )
+        passes = list(zip(run.report["passes"], _bandwidths(run), strict=True))
+        bounds = [bound_s(resident_s, one["read_bytes"], bandwidth) for one, bandwidth in passes]
+        bandwidths.append(statistics.harmonic_mean(run.report["bandwidth_bytes_per_s"]))
+        bounds_s.append(statistics.median(bounds))
+        times_bound.append(statistics.median(one["s"] / bound for (one, _), bound in zip(passes, bounds, strict=True)))
         if "together" in run.report:
             together.append(run.report["together"])
             times_shared.append(
                 statistics.median(
                     one["s"] / shared_bound_s(resident_s, one["read_bytes"], bandwidth, together[-1])
-                    for one in run.report["passes"]
+                    for one, bandwidth in passes
                 )
             )
     row = {

@@ -83,6 +83,13 @@ def test_disk_speed_is_the_mean_over_bytes_not_over_rates() -> None:
     assert row["bandwidth_bytes_per_s"]["median"] == pytest.approx(1.5)
 
 
+def test_passes_are_paired_with_the_disk_before_and_after_them() -> None:
+    report = run((2.0, 30), (5.0, 30), (4.0, 30), bandwidth_bytes_per_s=[10.0, 30.0, 10.0, 10.0])
+    row = summarise("offloaded", [report], [run((0.1, 0))], {})
+    assert row["bound_s"]["median"] == pytest.approx(2.0)  # 2, 2 and 3 s
+    assert row["times_bound"]["median"] == pytest.approx(4 / 3)  # 1, 5 / 2 and 4 / 3
+
+
 def test_what_is_read_is_compared_with_what_is_needed() -> None:
     one = run((1.0, 110), ledger_peak_bytes=1)
     one.report["passes"][0]["needed_bytes"] = 100
