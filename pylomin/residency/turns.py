@@ -302,7 +302,7 @@ class ReadAhead:
                 return None
             ahead = ReadAhead(need, room)
             need.started()
-            reader.submit(ahead)
+            reader.submit(residency, ahead)
         return ahead
 
     def run(self) -> None:
