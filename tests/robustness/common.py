@@ -194,6 +194,13 @@ def prefetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(PREFETCH_THREAD)]
 
 
+def reads_ended(residency: Residency) -> bool:
+    """Whether all background reads end."""
+    prefetcher = residency.prefetcher
+    assert prefetcher is not None
+    return ends(lambda: prefetcher.in_flight == 0)
+
+
 def in_prefetch_thread() -> bool:
     return threading.current_thread().name.startswith(PREFETCH_THREAD)
 

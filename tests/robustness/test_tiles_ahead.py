@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import pylomin
-from pylomin.residency.residency import Residency
 
 from .common import (
     FaultyStore,
@@ -21,17 +20,11 @@ from .common import (
     forward,
     in_prefetch_thread,
     only_residency,
+    reads_ended,
     weights_of,
 )
 
 BUDGET = 2 << 20  # 2 MiB: of each weight, 4 MiB, there are nine tiles
-
-
-def reads_ended(residency: Residency) -> bool:
-    """Whether all background reads end."""
-    prefetcher = residency.prefetcher
-    assert prefetcher is not None
-    return ends(lambda: prefetcher.in_flight == 0)
 
 
 def tiled_pair() -> tuple[torch.Tensor, torch.Tensor, nn.Sequential, FaultyStore, list[tuple[str, bool]]]:
