@@ -25,21 +25,20 @@ if TYPE_CHECKING:
 
 SMALL_GROUP_BYTES = 256 << 10  # 256 KiB; reading so little inline is quicker than waking a thread for it
 FORK_CHECK_S = 1.0  # who waits for the thread looks so often whether this is the process that has it
-READERS = 2  # threads: with one the disk waits while it hands over what it read, and until the next read has begun
 MOST_PLANNED = 8  # groups to read ahead by a plan, where its window has room; more gain nothing
 
 
 class Job(Protocol):
-    """What a reading thread does."""
+    """What the reading thread does."""
 
     def run(self) -> None: ...
 
 
 class Prefetcher:
-    """Reading threads, and what they are given to read.
+    """One reader thread, and what it is given to read.
 
-    They do not know the residency they work for, but while a read is under way; so they keep no model alive. They
-    start with the first read, and end with :meth:`close`, with this object, and before the interpreter does. They are
+    It does not know the residency it works for, but while a read is under way; so it keeps no model alive. The thread
+    starts with the first read, and ends with :meth:`close`, with this object, and before the interpreter does. It is
     our own and fed by a SimpleQueue because those of concurrent.futures can be left locked by a KeyboardInterrupt.
 
     Args:
@@ -54,7 +53,7 @@ class Prefetcher:
         self._in_use_bytes = 0  # then
         self._was_full = False  # there was no room then for all that was to be read
         self._queue: SimpleQueue[Job | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
 
     @property
     def in_flight(self) -> int:
@@ -62,8 +61,8 @@ class Prefetcher:
 
     def close(self) -> None:
         """Let the reads that were begun finish, end the thread. Not under the residency's lock."""
-        for thread in self._threads:
-            _end(self._queue, thread, os.getpid())
+        if self._thread is not None:
+            _end(self._queue, self._thread, os.getpid())
 
     def schedule(self, residency: RunReads, *, after_tiles_of: Weight | None = None) -> None:
         """Start reading what is used next. Under the residency's lock.
@@ -122,7 +121,7 @@ class Prefetcher:
             if room.places.is_pinned:
                 job.run(reads_on=False)
             else:
-                self.submit(residency, job)
+                self.submit(job)
         except BaseException:
             job.abandon()
             raise
@@ -132,10 +131,9 @@ class Prefetcher:
         """Memory for what :meth:`submit` is given to read; None where there is none now. Under the residency's lock."""
         return _reserve_ahead(residency, weights, places, residency.tiles_bytes)
 
-    def submit(self, residency: RunReads, job: Job) -> None:
-        """Run it in a reading thread."""
-        # What goes to a device is copied in the order of the reads, each of which has threads of its own.
-        self._start(1 if residency.carriers else READERS)
+    def submit(self, job: Job) -> None:
+        """Run it in the reading thread."""
+        self._start_thread()
         self._queue.put(job)
 
     def read_run(self, residency: RunReads, weight: Weight, run: tuple[int, int]) -> RunAhead | None:
@@ -155,7 +153,7 @@ class Prefetcher:
             if places.is_pinned:
                 ahead.run()
             else:
-                self.submit(residency, ahead)
+                self.submit(ahead)
         except BaseException:
             self._jobs.discard(ahead)
             raise
@@ -189,13 +187,12 @@ class Prefetcher:
                     break
         return wanted, tiled
 
-    def _start(self, count: int) -> None:
-        """So many threads, at least."""
-        while len(self._threads) < count:
+    def _start_thread(self) -> None:
+        if self._thread is None:
             thread = threading.Thread(target=_serve, args=(self._queue,), name="pylomin-prefetch", daemon=True)
             weakref.finalize(self, _end, self._queue, thread, os.getpid())
             thread.start()
-            self._threads.append(thread)
+            self._thread = thread
 
 
 @dataclass(eq=False, slots=True)
@@ -318,7 +315,7 @@ def _serve(queue: SimpleQueue[Job | None]) -> None:
     while (job := queue.get()) is not None:
         job.run()
         del job  # or this thread would keep the model alive while it waits
-    queue.put(None)  # for the other thread, and one that was started while an interrupt came
+    queue.put(None)  # for another thread: an interrupt may have come while the first was started
 
 
 def _end(queue: SimpleQueue[Job | None], thread: threading.Thread, owner_pid: int) -> None:

@@ -11,7 +11,7 @@ class Stats:
 
     ``hits`` are uses that found their weights in memory, ``loads`` uses that had to read them; ``prefetched`` counts
     background reads, each of which ends as a hit or in ``wasted``. ``stall_s`` is the time forwards waited for bytes,
-    ``read_s`` the time that reads took, in the background or not; two at one time count both.
+    ``read_s`` the time that reads took, in the background or not.
     ``peak_bytes`` is the most that was in memory since the budget was last set.
     ``pinned_bytes`` is host memory that bytes pass through on their way to a device; all models on it share that.
     ``reading_mode`` is how bytes of files come into memory: ``"mapped"``, ``"buffered"`` or ``"direct"``, and

@@ -302,7 +302,7 @@ class ReadAhead:
                 return None
             ahead = ReadAhead(need, room)
             need.started()
-            reader.submit(residency, ahead)
+            reader.submit(ahead)
         return ahead
 
     def run(self) -> None:
