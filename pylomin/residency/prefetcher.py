@@ -177,8 +177,8 @@ class Prefetcher:
             weights = [weight for weight in group if not weight.tiled]
             if len(weights) < len(group):
                 tiles_bytes = residency.tiles_bytes
-                if all(other.state is not State.OFFLOADED for before, _ in wanted.values() for other in before):
-                    tiled = tiled or key
+                if not tiled and all(w.state is not State.OFFLOADED for before, _ in wanted.values() for w in before):
+                    tiled = key
             nbytes = sum([weight.nbytes for weight in weights])
             if nbytes >= least_bytes:
                 wanted.setdefault(key, (weights, tiles_bytes))
